@@ -1,0 +1,13 @@
+"""RetinaNet R18 from torchvision's weights, which want RGB and the stride in the 3x3 convolution; 1x on COCO."""
+
+from .retinanet_R50 import dataloader, lr_multiplier, model, optimizer, train
+
+model.backbone.bottom_up.stages.depth = 18
+model.backbone.bottom_up.stages.stride_in_1x1 = False
+model.backbone.top_block.in_channels = 512
+model.pixel_mean = [123.675, 116.28, 103.53]
+model.pixel_std = [58.395, 57.12, 57.375]
+model.input_format = "RGB"
+dataloader.train.mapper.image_format = "RGB"
+train.init_checkpoint = "torchvision://resnet18"
+train.output_dir = "output/lazy_retinanet_R18"

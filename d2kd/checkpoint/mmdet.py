@@ -1,0 +1,126 @@
+"""mmdetection's detectors under detectron2's names.
+
+What names cannot carry over: mmdetection's RetinaNet has no ReLU between P6 and P7, detectron2's ``LastLevelP6P7`` has
+one; and P6 is made from C5 or from P5 (the number of input channels of ``backbone.top_block.p6`` tells).
+"""
+
+import re
+from typing import Any, Dict, Mapping, NamedTuple, Optional
+
+from torch import Tensor
+
+from ..errors import D2kdError
+from .names import plain_state, resnet_name, some
+
+# detector -> its predictors; a detector is known by the first one. To support another, move its entry here.
+_PREDICTORS: Dict[str, Dict[str, str]] = {
+    "RetinaNet": {"retina_cls": "cls_score", "retina_reg": "bbox_pred"},
+}
+_UNSUPPORTED = {"GFL": "gfl_cls", "ATSS": "atss_cls", "FCOS": "conv_cls"}
+_TOWERS = {"cls_convs": "cls_subnet", "reg_convs": "bbox_subnet"}
+_FIRST_LEVEL = 3
+
+
+class _Layout(NamedTuple):
+    """What the keys tell about a detector.
+
+    Attributes:
+        predictors: its last convolutions: mmdetection's name -> detectron2's.
+        laterals: number of lateral convolutions; FPN convolutions beyond it make the levels above.
+        stride: modules per tower convolution: itself, its norm if any, its activation.
+    """
+
+    predictors: Mapping[str, str]
+    laterals: int
+    stride: int
+
+
+def is_mmdet(state: Mapping[str, Any]) -> bool:
+    """Tells whether a checkpoint file's content, or a state dict, is that of an mmdetection detector."""
+    state = state["state_dict"] if isinstance(state.get("state_dict"), Mapping) else state
+    return any(re.match(r"(module\.)?(bbox_head|neck)\.", str(name)) for name in state)
+
+
+def convert_mmdet(state: Mapping[str, Any], num_ratios: int = 3, num_octaves: int = 3) -> Dict[str, Tensor]:
+    """Renames an mmdetection RetinaNet to detectron2's and puts its anchors into detectron2's order.
+
+    mmdetection's anchor slot is ``ratio * num_octaves + octave``, detectron2's ``octave * num_ratios + ratio``. The
+    first lateral convolution is taken for P3 (``start_level=1``), however many there are.
+
+    Args:
+        state: the state dict, or the file's content ``{"state_dict": ...}``.
+        num_ratios: aspect ratios per place, mmdetection's ``anchor_generator.ratios``.
+        num_octaves: sizes per place, mmdetection's ``anchor_generator.scales_per_octave``.
+
+    Returns:
+        detectron2 name -> tensor.
+
+    Raises:
+        D2kdError: another detector, keys without a counterpart, or another number of anchors.
+    """
+    plain = plain_state(state)
+    layout = _layout(plain)
+    names = {name: _detectron2_name(name, layout) for name in plain}
+    if unknown := [name for name, new in names.items() if new is None]:
+        raise D2kdError(f"detectron2's RetinaNet has no counterpart of {some(unknown)}; convert a plain RetinaNet")
+    predictors = tuple(f"bbox_head.{predictor}." for predictor in layout.predictors)
+    return {
+        new: _reorder(name, plain[name], num_ratios, num_octaves) if name.startswith(predictors) else plain[name]
+        for name, new in names.items()
+        if new is not None
+    }
+
+
+def _layout(state: Mapping[str, Tensor]) -> _Layout:
+    laterals = {match[1] for match in map(re.compile(r"neck\.lateral_convs\.(\d+)\.").match, state) if match}
+    has_norm = any(re.match(r"bbox_head\.(cls|reg)_convs\.\d+\.gn\.", name) for name in state)
+    return _Layout(_PREDICTORS[_detector(state)], len(laterals), 3 if has_norm else 2)
+
+
+def _detector(state: Mapping[str, Tensor]) -> str:
+    for detector, predictors in _PREDICTORS.items():
+        if f"bbox_head.{next(iter(predictors))}.weight" in state:
+            return detector
+    for detector, predictor in _UNSUPPORTED.items():
+        if f"bbox_head.{predictor}.weight" in state:
+            raise D2kdError(f"bbox_head.{predictor} makes this a {detector}, not supported yet; convert a RetinaNet")
+    raise D2kdError("bbox_head.retina_cls.weight is missing, so this is not mmdetection's RetinaNet; convert one")
+
+
+def _detectron2_name(name: str, layout: _Layout) -> Optional[str]:
+    """Returns detectron2's name, or None if there is none."""
+    if name.startswith("backbone."):
+        return resnet_name(name[len("backbone.") :])
+    match = re.fullmatch(r"(?:neck|bbox_head)\.(\w+?)(?:\.(\d+)\.(conv|gn))?\.(weight|bias)", name)
+    if match is None:
+        return None
+    part, index, kind, leaf = match[1], int(match[2] or 0), match[3], match[4]
+    if part in layout.predictors and kind is None:
+        return f"head.{layout.predictors[part]}.{leaf}"
+    if part in _TOWERS and kind:
+        return f"head.{_TOWERS[part]}.{layout.stride * index + (kind == 'gn')}.{leaf}"
+    if part in ("lateral_convs", "fpn_convs") and kind == "conv":
+        return f"backbone.{_fpn_name(part, index, layout.laterals)}.{leaf}"
+    return None
+
+
+def _fpn_name(part: str, index: int, laterals: int) -> str:
+    level = index + _FIRST_LEVEL
+    if part == "lateral_convs":
+        return f"fpn_lateral{level}"
+    return f"fpn_output{level}" if index < laterals else f"top_block.p{level}"
+
+
+def _reorder(name: str, tensor: Tensor, num_ratios: int, num_octaves: int) -> Tensor:
+    """Reorders the output channels of a predictor: (ratio, octave, rest) to (octave, ratio, rest)."""
+    slots, channels = num_ratios * num_octaves, len(tensor)
+    if (
+        min(num_ratios, num_octaves) < 1
+        or channels % slots
+        or (name.startswith("bbox_head.retina_reg.") and channels != 4 * slots)
+    ):
+        raise D2kdError(
+            f"{name} has {channels} channels, which does not fit {num_ratios} ratios x {num_octaves} octaves; "
+            "pass the numbers of the anchor generator it was trained with"
+        )
+    return tensor.unflatten(0, (num_ratios, num_octaves, -1)).transpose(0, 1).flatten(0, 2)

@@ -1,0 +1,63 @@
+"""Key names: ResNets (torchvision and mmdetection share theirs), and what every converter does to a state dict."""
+
+import re
+from typing import Any, Dict, Iterable, Mapping, Optional
+
+from torch import Tensor
+
+from ..errors import D2kdError
+
+BOTTOM_UP = "backbone.bottom_up."
+_MODULE = r"conv1|bn1|layer[1-4]\.\d+\.(conv[1-3]|bn[1-3]|downsample\.[01])"
+_RESNET = re.compile(rf"({_MODULE})\.(weight|bias|running_mean|running_var)")
+
+
+def resnet_name(name: str) -> Optional[str]:
+    """Returns detectron2's name of a ResNet tensor inside a detector, or None if it is not one of a plain ResNet.
+
+    ``layer1.0.bn1.weight`` becomes ``backbone.bottom_up.res2.0.conv1.norm.weight``.
+    """
+    if not _RESNET.fullmatch(name):
+        return None
+    name = re.sub(r"^(?=conv1|bn1)", "stem.", name)
+    name = re.sub(r"^layer(\d)", lambda match: f"res{int(match[1]) + 1}", name)
+    name = name.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")
+    return BOTTOM_UP + re.sub(r"\bbn(\d)", r"conv\1.norm", name)
+
+
+def plain_state(loaded: Mapping[str, Any]) -> Dict[str, Tensor]:
+    """Reduces what a file holds to its named tensors.
+
+    Unwraps ``{"state_dict": ...}`` and ``{"model": ...}``, strips the prefix ``module.`` that DataParallel leaves, and
+    drops what no model needs: ``num_batches_tracked`` (FrozenBN has none) and mmdetection's ``data_preprocessor``.
+
+    Args:
+        loaded: the content of a checkpoint file.
+
+    Returns:
+        Name -> tensor.
+
+    Raises:
+        D2kdError: one of the values is not a tensor.
+    """
+    for wrapper in ("state_dict", "model"):
+        if isinstance(loaded.get(wrapper), Mapping):
+            loaded = loaded[wrapper]
+    state = {str(name): value for name, value in loaded.items()}
+    if all(name.startswith("module.") for name in state):
+        state = {name[len("module.") :]: value for name, value in state.items()}
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise D2kdError(f"{name} is a {type(value).__name__}, not a tensor; pass a state dict")
+    return {
+        name: value
+        for name, value in state.items()
+        if not name.startswith("data_preprocessor.") and not name.endswith("num_batches_tracked")
+    }
+
+
+def some(names: Iterable[str], limit: int = 5) -> str:
+    """Returns up to ``limit`` of the names as one string: ``"a, b, ... (7 in all)"``."""
+    names = list(names)
+    more = f", ... ({len(names)} in all)" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

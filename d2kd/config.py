@@ -1,0 +1,124 @@
+"""d2kd's config nodes, and loading of YAML configs with errors that name the key and the mend."""
+
+import os
+import re
+from pathlib import Path
+from typing import Iterator, Optional, Sequence
+
+import yaml
+from detectron2 import model_zoo
+from detectron2.config import CfgNode, get_cfg
+
+from .errors import D2kdError, nearest
+from .methods import method_defaults, method_names
+
+
+def add_distill_config(cfg: CfgNode) -> None:
+    """Adds d2kd's keys to a detectron2 config, in place."""
+    distill = CfgNode()
+    # CONFIG_FILE: a path, relative to the config that names it, or a name of detectron2's model zoo.
+    # OPTS: overrides of the teacher's config, ["KEY", "value", ...].
+    distill.TEACHER = CfgNode({"CONFIG_FILE": "", "WEIGHTS": "", "OPTS": []})
+    distill.METHODS = ()
+    # See DistillMetaArch: the running loss normaliser over all workers instead of each worker's own.
+    distill.SYNC_NORMALIZER = False
+    for name in method_names():
+        distill[name.upper()] = CfgNode({key.upper(): value for key, value in method_defaults(name).items()})
+    cfg.MODEL.DISTILL = distill
+
+    # For the backbone "build_extra_fpn_backbone": ResNets of any width (STEM_OUT_CHANNELS) and number of blocks
+    # (BLOCKS, empty: by DEPTH), and the choice of what follows the FPN.
+    cfg.MODEL.RESNETS.BLOCKS = ()
+    cfg.MODEL.FPN.EXTRA = CfgNode({"IN_FEATURE": "p5", "NUM_LEVELS": 2, "RELU": False})
+
+    cfg.SOLVER.OPTIMIZER = "SGD"  # or AdamW
+
+
+def find_config(name: str, relative_to: Optional[str] = None) -> str:
+    """Finds a config file.
+
+    Args:
+        name: a path, or a name of detectron2's model zoo such as ``COCO-Detection/retinanet_R_50_FPN_1x.yaml``.
+        relative_to: the config that names it; its folder is looked in first.
+
+    Returns:
+        The file's path.
+
+    Raises:
+        D2kdError: it is nowhere.
+    """
+    if not name:
+        raise D2kdError("no config file is named: set MODEL.DISTILL.TEACHER.CONFIG_FILE, or --config-file for a run")
+    places = [Path(relative_to).parent / name] if relative_to else []
+    for path in [*places, Path(name)]:
+        if path.is_file():
+            return str(path.absolute())
+    try:
+        return model_zoo.get_config_file(name)
+    except RuntimeError:
+        pass
+    folder = (places or [Path(name)])[0].parent
+    siblings = [p.name for p in folder.iterdir() if p.suffix in (".yaml", ".py")] if folder.is_dir() else []
+    raise D2kdError(
+        f"config {name} is no file in {folder.absolute()} or {os.getcwd()} and no model of detectron2's zoo"
+        f"{nearest(Path(name).name, siblings)}"
+    )
+
+
+def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
+    """Loads a YAML config with detectron2's and d2kd's keys.
+
+    Args:
+        config_file: see :func:`find_config`.
+        opts: overrides, ``["KEY", "value", ...]``.
+
+    Returns:
+        The config, not frozen; a teacher's CONFIG_FILE that it names relative to itself has become absolute.
+
+    Raises:
+        D2kdError: a file is missing or no YAML, a key is unknown (names the nearest) or a value of the wrong type.
+    """
+    path = find_config(config_file)
+    cfg = get_cfg()
+    add_distill_config(cfg)
+    try:
+        cfg.merge_from_file(path)
+    except (KeyError, ValueError, AssertionError, AttributeError, OSError, yaml.YAMLError) as error:
+        raise D2kdError(f"{config_file}: {_explain(error, cfg)}") from error
+    if len(opts) % 2:
+        raise D2kdError(f"overrides come in pairs KEY VALUE, but there are {len(opts)}: {' '.join(map(str, opts))}")
+    try:
+        cfg.merge_from_list(list(opts))
+    except (KeyError, ValueError, AssertionError, AttributeError) as error:
+        raise D2kdError(f"override: {_explain(error, cfg)}") from error
+    teacher = cfg.MODEL.DISTILL.TEACHER
+    if teacher.CONFIG_FILE:
+        teacher.CONFIG_FILE = find_config(teacher.CONFIG_FILE, relative_to=path)
+    _check_methods(cfg)
+    return cfg
+
+
+def _check_methods(cfg: CfgNode) -> None:
+    for name in cfg.MODEL.DISTILL.METHODS:
+        if name not in method_names():
+            known = method_names()
+            raise D2kdError(
+                f"MODEL.DISTILL.METHODS names {name!r}, which is none of {', '.join(known)}{nearest(name, known)}"
+            )
+
+
+def _explain(error: Exception, cfg: CfgNode) -> str:
+    """One sentence for what merging said, with the nearest key where one is unknown."""
+    text = " ".join(str(error.args[0] if isinstance(error, KeyError) else error).split())
+    unknown = re.match(r"Non-existent (?:config )?key: (\S+)", text)
+    if unknown:
+        key = unknown.group(1)
+        return f"there is no config key {key}{nearest(key, _keys(cfg))}"
+    return text
+
+
+def _keys(cfg: CfgNode, prefix: str = "") -> Iterator[str]:
+    for key, value in cfg.items():
+        yield prefix + key
+        if isinstance(value, CfgNode):
+            yield from _keys(value, f"{prefix}{key}.")

@@ -1,0 +1,22 @@
+"""Data sets: registration and checks of COCO-format files, and a generated set that needs no download."""
+
+from d2kd.data.register import (
+    check_coco,
+    dataset_root,
+    read_coco,
+    register_builtin,
+    register_coco,
+    write_coco,
+)
+from d2kd.data.synthetic import CLASS_NAMES, write_blood_cells
+
+__all__ = [
+    "CLASS_NAMES",
+    "check_coco",
+    "dataset_root",
+    "read_coco",
+    "register_builtin",
+    "register_coco",
+    "write_blood_cells",
+    "write_coco",
+]

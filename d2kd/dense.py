@@ -1,0 +1,299 @@
+"""What distillation methods see of a dense detector: its outputs, its tower features, its targets.
+
+Shapes: N images, L levels, R anchors over all levels, A anchors per place, K classes, D numbers per box prediction.
+A dense detector has ``backbone``, ``head`` (with the two towers ``cls_subnet`` and ``bbox_subnet``),
+``anchor_generator``, ``num_classes``, ``label_anchors`` and ``losses``, as detectron2's RetinaNet and FCOS have.
+"""
+
+import copy
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Dict, Iterator, List, NamedTuple, Sequence, Tuple
+
+import torch
+from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector, permute_to_N_HWA_K
+from detectron2.structures import Boxes, ImageList, Instances
+from detectron2.utils import comm
+from torch import Tensor, nn
+
+from .errors import D2kdError
+
+TOWERS = ("cls_subnet", "bbox_subnet")
+
+
+class Cut(NamedTuple):
+    """A place at which both towers of a head are cut.
+
+    Attributes:
+        index: how many convolutions lie before the cut; 0 is the FPN feature itself.
+        pre_activation: the value before the activation that follows the ``index``-th convolution, instead of after.
+    """
+
+    index: int
+    pre_activation: bool = False
+
+
+def split_tower(tower: nn.Sequential, cut: Cut) -> Tuple[int, int]:
+    """Finds where a cut lies in a tower.
+
+    Args:
+        tower: convolutions, each followed by its norm and activation, if any.
+        cut: the place.
+
+    Returns:
+        ``(end, rest)``: the tapped value is the output of ``tower[:end]``, what follows the cut is ``tower[rest:]``.
+        Between the two lie the activations that ``cut.pre_activation`` leaves out.
+
+    Raises:
+        D2kdError: the tower has fewer convolutions.
+    """
+    convs = [i for i, layer in enumerate(tower) if isinstance(layer, nn.Conv2d)]
+    if not 0 <= cut.index <= len(convs):
+        raise D2kdError(f"cut {cut.index} lies outside a tower of {len(convs)} convolutions; use 0 to {len(convs)}")
+    rest = [0, *convs[1:], len(tower)][cut.index]
+    end = rest
+    while cut.pre_activation and end and isinstance(tower[end - 1], nn.ReLU):
+        end -= 1
+    return end, rest
+
+
+Features = List[Tensor]  # one (N, C, Hi, Wi) per level, high to low resolution
+
+
+@contextmanager
+def tap_towers(head: nn.Module, cuts: Sequence[Cut]) -> Iterator[Dict[Cut, Tuple[Features, Features]]]:
+    """Collects tower features while the head runs.
+
+    Args:
+        head: a dense head; it runs each tower once per level, and each run appends one entry.
+        cuts: where to tap. Cut 0 needs no hook and must not be asked for here.
+
+    Yields:
+        For each cut the features of the class and of the box tower, filled when the head runs. The hooks are gone
+        after the ``with`` block.
+    """
+    taps: Dict[Cut, Tuple[Features, Features]] = {cut: ([], []) for cut in cuts}
+    with ExitStack() as hooks:
+        for cut, per_tower in taps.items():
+            for name, found in zip(TOWERS, per_tower):
+                tower = getattr(head, name)
+                layer = tower[split_tower(tower, cut)[0] - 1]
+                hooks.enter_context(
+                    layer.register_forward_hook(lambda _module, _inputs, output, found=found: found.append(output))
+                )
+        yield taps
+
+
+class _Replay(nn.Module):
+    """Stands in front of a cut tower: ignores its input and gives the next level's stored feature."""
+
+    def __init__(self, features: Features) -> None:
+        super().__init__()
+        self._features = iter(features)
+
+    def forward(self, _: Tensor) -> Tensor:
+        return next(self._features)
+
+
+def cross_head(head: nn.Module, cut: Cut, cls_features: Features, box_features: Features) -> Tuple[Features, ...]:
+    """Runs the rest of a head, behind a cut, on someone else's tower features.
+
+    The head's own ``forward`` runs, on a shallow copy whose towers start behind the cut, so that whatever else a head
+    has (centerness, per-level scales, norms) comes for free. Both inputs are expected *after* the activation, also
+    where ``cut.pre_activation`` holds. All levels run in order, as counting norms (``CycleBatchNormList``) need.
+
+    Args:
+        head: reads a level's feature through ``cls_subnet`` and ``bbox_subnet`` only.
+        cut: where the towers are entered.
+        cls_features, box_features: per level (N, C, Hi, Wi), what enters the class and the box tower.
+
+    Returns:
+        What ``head.forward`` returns. Gradients reach the features, and the head's parameters where these require any.
+    """
+    crossed = copy.copy(head)
+    crossed._modules = dict(head._modules)  # otherwise the real head would be cut
+    for name, features in zip(TOWERS, (cls_features, box_features)):
+        tower = getattr(head, name)
+        setattr(crossed, name, nn.Sequential(_Replay(features), *tower[split_tower(tower, cut)[1] :]))
+    return tuple(crossed(cls_features))
+
+
+@dataclass
+class DenseOutputs:
+    """Outputs of one detector for one batch: the student's, the teacher's or a cross head's.
+
+    Attributes:
+        detector: made the predictions; its anchors and box coder belong to them.
+        features: FPN features, per level (N, C, Hi, Wi).
+        predictions: the head's raw outputs: logits, box predictions and whatever else the head gives, each a list
+            of (N, A*?, Hi, Wi) per level; empty where the head was not run.
+        taps: tower features per tapped cut.
+    """
+
+    detector: DenseDetector
+    features: Features
+    predictions: Tuple[Features, ...] = ()
+    taps: Dict[Cut, Tuple[Features, Features]] = field(default_factory=dict)
+
+    def towers(self, cut: Cut) -> Tuple[Features, Features]:
+        """Class and box tower features at a cut, each per level (N, C, Hi, Wi); at cut 0 the FPN features."""
+        return (self.features, self.features) if cut.index == 0 else self.taps[cut]
+
+    @cached_property
+    def anchors_per_level(self) -> List[Boxes]:
+        """Anchors of each level, XYXY in pixels."""
+        return self.detector.anchor_generator(self.features)
+
+    @cached_property
+    def anchors(self) -> Tensor:
+        """All anchors, (R, 4) XYXY in pixels."""
+        return Boxes.cat(self.anchors_per_level).tensor
+
+    @cached_property
+    def dense_predictions(self) -> List[Features]:
+        """The predictions per anchor: for each head output, per level (N, Hi*Wi*A, K or D or 1)."""
+        logits = self.predictions[0]
+        num_anchors = logits[0].shape[1] // self.detector.num_classes
+        return [
+            [permute_to_N_HWA_K(level, level.shape[1] // num_anchors) for level in output]
+            for output in self.predictions
+        ]
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """Class logits, (N, R, K), float32."""
+        return torch.cat(self.dense_predictions[0], dim=1).float()
+
+    @cached_property
+    def box_predictions(self) -> Tensor:
+        """What the head predicts for boxes, (N, R, D), float32."""
+        return torch.cat(self.dense_predictions[1], dim=1).float()
+
+    @cached_property
+    def boxes(self) -> Tensor:
+        """Decoded boxes, (N, R, 4) XYXY in pixels, neither clipped nor filtered."""
+        predictions = self.box_predictions
+        decoded = decode_boxes(self.detector.box2box_transform, predictions.flatten(0, 1), self.anchors)
+        return decoded.view(*predictions.shape[:2], 4)
+
+
+def decode_boxes(transform: Any, deltas: Tensor, anchors: Tensor) -> Tensor:
+    """Applies box deltas to anchors.
+
+    Log-scale deltas are clamped on both sides, where detectron2 clamps from above only: so the published methods'
+    box coder does it, and a box that shrinks below 1/62 of its anchor would otherwise lose its area in float32.
+
+    Args:
+        transform: detectron2's box coder of the detector.
+        deltas: (M*R, D), M images one after the other.
+        anchors: (R, 4).
+
+    Returns:
+        (M*R, 4) XYXY boxes in pixels.
+    """
+    if isinstance(transform, Box2BoxTransform):
+        floor = deltas.new_tensor([-torch.inf, -torch.inf, *(-w * transform.scale_clamp for w in transform.weights[2:])])
+        deltas = torch.maximum(deltas, floor)
+    return transform.apply_deltas(deltas, anchors.repeat(len(deltas) // len(anchors), 1))
+
+
+def preprocess(detector: DenseDetector, batched_inputs: List[Dict[str, Any]], flip_channels: bool = False) -> ImageList:
+    """Normalises, pads and batches raw images with the detector's own pixel statistics and size divisibility.
+
+    Args:
+        detector: whose way of preprocessing.
+        batched_inputs: as :class:`DatasetMapper` gives them.
+        flip_channels: turn BGR into RGB or back first, for a detector that wants the other order.
+    """
+    if flip_channels:
+        batched_inputs = [{**x, "image": x["image"].flip(0)} for x in batched_inputs]
+    return detector.preprocess_image(batched_inputs)
+
+
+def run_dense(
+    detector: DenseDetector, images: ImageList, cuts: Sequence[Cut] = (), with_head: bool = True
+) -> DenseOutputs:
+    """Runs backbone and head of a detector and taps its towers on the way.
+
+    Args:
+        detector: student or teacher.
+        images: preprocessed by :func:`preprocess`.
+        cuts: tower features to keep; cut 0 costs nothing.
+        with_head: False runs the backbone only.
+    """
+    features = detector.backbone(images.tensor)
+    features = [features[name] for name in detector.head_in_features]
+    if not with_head:
+        return DenseOutputs(detector, features)
+    with tap_towers(detector.head, [cut for cut in cuts if cut.index > 0]) as taps:
+        predictions = tuple(detector.head(features))
+    return DenseOutputs(detector, features, predictions, taps)
+
+
+@dataclass
+class Targets:
+    """The ground truth of a batch and what target assignment made of it, once per step, shared by all.
+
+    Attributes:
+        instances: ground truth of each image.
+        labels: (N, R); -1 ignored, 0..K-1 the class, K background.
+        boxes: matched ground-truth boxes, (N, R, 4) XYXY; undefined where the label is no class.
+        weights: (N, R) float32; 0 where ignored or where the anchor lies in padding beyond the image's own padded
+            shape (its height and width rounded up to the backbone's size divisibility), otherwise 1.
+        num_pos: sum over images of max(#positive anchors of weight 1, 1), averaged over workers; () float32. The
+            loss normaliser N+ of the methods: with it the mean over workers equals one worker with all images.
+    """
+
+    instances: List[Instances]
+    labels: Tensor
+    boxes: Tensor
+    weights: Tensor
+    num_pos: Tensor
+
+
+def make_targets(
+    student: DenseOutputs, images: ImageList, instances: List[Instances], labels: List[Tensor], boxes: List[Tensor]
+) -> Targets:
+    """Makes the targets from what ``label_anchors`` of the student returned."""
+    stacked = torch.stack(labels)
+    weights = anchors_inside(student, images) & (stacked >= 0)
+    positive = weights & (stacked < student.detector.num_classes)
+    num_pos = positive.sum(1).clamp(min=1).sum().float()
+    return Targets(instances, stacked, torch.stack(boxes), weights.float(), mean_over_workers(num_pos))
+
+
+def anchors_inside(outputs: DenseOutputs, images: ImageList) -> Tensor:
+    """Tells for each image which anchors start inside its own padded shape, (N, R) bool."""
+    divisor = max(outputs.detector.backbone.size_divisibility, 1)
+    padded = torch.tensor([[-(-side // divisor) * divisor for side in size] for size in images.image_sizes])
+    inside = []
+    for feature, stride, anchors in zip(outputs.features, level_strides(outputs.detector), outputs.anchors_per_level):
+        height, width = feature.shape[-2:]
+        rows = torch.arange(height) * stride < padded[:, :1]
+        columns = torch.arange(width) * stride < padded[:, 1:]
+        grid = (rows[:, :, None] & columns[:, None, :]).flatten(1)  # (N, Hi*Wi)
+        inside.append(grid.repeat_interleave(len(anchors) // grid.shape[1], dim=1))
+    return torch.cat(inside, dim=1).to(outputs.features[0].device, non_blocking=True)
+
+
+def level_strides(detector: DenseDetector) -> List[int]:
+    """Strides in pixels of the levels that the head reads, high to low resolution."""
+    shapes = detector.backbone.output_shape()
+    return [shapes[name].stride for name in detector.head_in_features]
+
+
+def level_channels(detector: DenseDetector) -> List[int]:
+    """Channels of the levels that the head reads, high to low resolution."""
+    shapes = detector.backbone.output_shape()
+    return [shapes[name].channels for name in detector.head_in_features]
+
+
+def mean_over_workers(value: Tensor) -> Tensor:
+    """Averages a number without gradient over all workers."""
+    if comm.get_world_size() > 1:
+        value = value.clone()
+        torch.distributed.all_reduce(value)
+        value /= comm.get_world_size()
+    return value

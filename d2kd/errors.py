@@ -1,0 +1,18 @@
+"""The one exception a user's mistake raises, and the nearest-name hint its messages end with."""
+
+from difflib import get_close_matches
+from typing import Iterable
+
+
+class D2kdError(ValueError):
+    """A mistake in a config, file or argument.
+
+    The message is one sentence that names the file, key or value and how to mend it; ``train_net.py`` prints it
+    without a traceback and exits with status 2.
+    """
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Returns ``"; did you mean X?"`` for the known name nearest to ``name``, or ``""`` if none is near."""
+    matches = get_close_matches(name, list(known), n=1)
+    return f"; did you mean {matches[0]}?" if matches else ""

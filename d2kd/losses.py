@@ -1,0 +1,54 @@
+"""Loss functions shared by the methods: pure, unreduced, in float32 whatever autocast does."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def kd_quality_focal_loss(logits: Tensor, teacher_logits: Tensor, beta: float = 1.0) -> Tensor:
+    """Quality focal loss against a teacher's scores (CrossKD, arXiv 2306.11369).
+
+    ``BCE(x, sigmoid(t)) * |sigmoid(x) - sigmoid(t)|^beta``; the gradient flows through both factors.
+
+    Args:
+        logits: x, any shape.
+        teacher_logits: t, same shape.
+        beta: focusing exponent, >= 0; 0 is plain BCE.
+
+    Returns:
+        Loss of each element, same shape.
+    """
+    logits = logits.float()
+    target = teacher_logits.detach().float().sigmoid()
+    bce = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    return bce * (logits.sigmoid() - target).abs().pow(beta)
+
+
+def giou_loss(boxes: Tensor, target: Tensor, eps: float = 1e-6) -> Tensor:
+    """Generalised IoU loss (arXiv 1902.09630), between 0 (equal) and 2.
+
+    fvcore's ``giou_loss`` asserts on degenerate boxes, which reads a value back from the GPU and ends a run on the
+    first NaN without naming its source; here they give finite losses.
+
+    Args:
+        boxes: (..., 4) XYXY.
+        target: (..., 4) XYXY.
+        eps: least area that is divided by, in squared pixels.
+
+    Returns:
+        (...) loss of each pair.
+    """
+    boxes, target = boxes.float(), target.float()
+    overlap = _extent(torch.maximum(boxes[..., :2], target[..., :2]), torch.minimum(boxes[..., 2:], target[..., 2:]))
+    hull = _extent(torch.minimum(boxes[..., :2], target[..., :2]), torch.maximum(boxes[..., 2:], target[..., 2:]))
+    union = (_area(boxes) + _area(target) - overlap).clamp(min=eps)
+    hull = hull.clamp(min=eps)
+    return 1 - overlap / union + (hull - union) / hull
+
+
+def _extent(low: Tensor, high: Tensor) -> Tensor:
+    return (high - low).clamp(min=0).prod(-1)
+
+
+def _area(boxes: Tensor) -> Tensor:
+    return (boxes[..., 2:] - boxes[..., :2]).prod(-1)

@@ -1,0 +1,118 @@
+"""ResNets of any width and depth, and FPNs with a choice of how the extra levels are made."""
+
+from typing import List, Sequence
+
+import torch.nn.functional as F
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY
+from detectron2.modeling.backbone import FPN
+from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, BottleneckBlock, ResNet
+from fvcore.nn import weight_init
+from torch import Tensor, nn
+
+from ..errors import D2kdError
+
+BLOCKS_OF_DEPTH = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
+
+
+class ExtraLevels(nn.Module):
+    """Levels on top of an FPN, each a 3x3 convolution of stride 2 of the one before.
+
+    detectron2's ``LastLevelP6P7`` always puts a ReLU before P7; the published GFL, ATSS and CrossKD-RetinaNet models
+    have none. Parameter names are the same.
+
+    Args:
+        in_channels: channels of ``in_feature``.
+        out_channels: channels of the new levels.
+        in_feature: the bottom-up feature ("res5") or FPN level ("p5") that they start from.
+        num_levels: how many.
+        relu: put a ReLU between them.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, in_feature: str = "p5", num_levels: int = 2, relu: bool = False
+    ) -> None:
+        super().__init__()
+        self.in_feature = in_feature
+        self.num_levels = num_levels
+        self.relu = relu
+        for level in range(num_levels):
+            conv = nn.Conv2d(out_channels if level else in_channels, out_channels, 3, stride=2, padding=1)
+            weight_init.c2_xavier_fill(conv)
+            self.add_module(f"p{6 + level}", conv)
+
+    def forward(self, x: Tensor) -> List[Tensor]:
+        """Returns the new levels of an input (N, C, H, W), each half the size of the one before, rounded up."""
+        levels: List[Tensor] = []
+        for conv in self.children():
+            x = conv(F.relu(x) if self.relu and levels else x)
+            levels.append(x)
+        return levels
+
+
+def make_resnet(
+    blocks: Sequence[int],
+    width: int = 64,
+    bottleneck: bool = False,
+    out_features: Sequence[str] = ("res3", "res4", "res5"),
+    norm: str = "FrozenBN",
+    freeze_at: int = 2,
+    stride_in_1x1: bool = False,
+    in_channels: int = 3,
+) -> ResNet:
+    """Makes a ResNet of any width; detectron2's own builder has only 64 for basic blocks.
+
+    Args:
+        blocks: number of blocks of res2 to res5.
+        width: channels of the stem, and of the 3x3 convolutions of res2; doubled from stage to stage.
+        bottleneck: bottleneck blocks (ResNet-50 and deeper) instead of basic ones.
+        out_features: which stages to return.
+        norm: see detectron2's ``get_norm``.
+        freeze_at: number of stages to freeze, the stem included.
+        stride_in_1x1: stride in the first 1x1 convolution of a bottleneck (MSRA weights) instead of the 3x3.
+        in_channels: channels of the image.
+    """
+    stem = BasicStem(in_channels, width, norm)
+    stages = []
+    previous = width
+    for stage, num_blocks in enumerate(blocks):
+        channels = width * 2**stage
+        out_channels = 4 * channels if bottleneck else channels
+        extra = {"bottleneck_channels": channels, "stride_in_1x1": stride_in_1x1} if bottleneck else {}
+        stages.append(
+            ResNet.make_stage(
+                BottleneckBlock if bottleneck else BasicBlock,
+                num_blocks,
+                stride_per_block=[2 if stage else 1] + [1] * (num_blocks - 1),
+                in_channels=previous,
+                out_channels=out_channels,
+                norm=norm,
+                **extra,
+            )
+        )
+        previous = out_channels
+    return ResNet(stem, stages, out_features=list(out_features), freeze_at=freeze_at)
+
+
+@BACKBONE_REGISTRY.register()
+def build_extra_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """Builds ResNet and FPN with ``MODEL.RESNETS`` (DEPTH, BLOCKS, STEM_OUT_CHANNELS) and ``MODEL.FPN.EXTRA``."""
+    resnets, fpn = cfg.MODEL.RESNETS, cfg.MODEL.FPN
+    if resnets.DEPTH not in BLOCKS_OF_DEPTH:
+        raise D2kdError(f"MODEL.RESNETS.DEPTH {resnets.DEPTH} is none of {sorted(BLOCKS_OF_DEPTH)}")
+    bottom_up = make_resnet(
+        resnets.BLOCKS or BLOCKS_OF_DEPTH[resnets.DEPTH],
+        width=resnets.STEM_OUT_CHANNELS,
+        bottleneck=resnets.DEPTH >= 50,
+        out_features=resnets.OUT_FEATURES,
+        norm=resnets.NORM,
+        freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
+        stride_in_1x1=resnets.STRIDE_IN_1X1,
+        in_channels=input_shape.channels,
+    )
+    shapes = bottom_up.output_shape()
+    in_feature = fpn.EXTRA.IN_FEATURE
+    in_channels = shapes[in_feature].channels if in_feature in shapes else fpn.OUT_CHANNELS
+    extra = ExtraLevels(in_channels, fpn.OUT_CHANNELS, in_feature, fpn.EXTRA.NUM_LEVELS, fpn.EXTRA.RELU)
+    return FPN(bottom_up, fpn.IN_FEATURES, fpn.OUT_CHANNELS, fpn.NORM, extra, fpn.FUSE_TYPE)

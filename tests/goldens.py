@@ -1,0 +1,255 @@
+"""Reads the golden numbers: where they are, which are covered, and detectors with their weights."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+import numpy as np
+import torch
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import Backbone, RetinaNet
+from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
+from detectron2.modeling.backbone import FPN
+from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.modeling.matcher import Matcher
+from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
+from detectron2.structures import Boxes, Instances
+from torch import Tensor
+
+from d2kd.checkpoint import convert_mmdet
+from d2kd.distill import DistillRetinaNet, Teacher
+from d2kd.methods import PKD, CrossKD
+from d2kd.modeling.backbone import BLOCKS_OF_DEPTH, ExtraLevels, make_resnet
+
+GOLDENS = Path(os.environ["D2KD_GOLDENS"])
+LEVELS = ("p3", "p4", "p5", "p6", "p7")
+INPUTS = ("_inputs", "_student", "_teacher")
+BLOCKS = ("blocks_anchors", "blocks_assign", "blocks_coders", "blocks_losses_cls", "blocks_losses_iou")
+BLOCKS += ("blocks_pkd_align",)
+
+
+def all_cases() -> List[Path]:
+    """Every golden file that is a case of its own, not the common input of others."""
+    return sorted(p for p in GOLDENS.rglob("*.npz") if not p.stem.endswith(INPUTS))
+
+
+def cases(prefix: str) -> List[Path]:
+    """The cases whose file name starts with a prefix."""
+    return [path for path in all_cases() if path.name.startswith(prefix)]
+
+
+def covered_cases() -> List[Path]:
+    """What test_parity.py runs."""
+    return [*cases("head_retinanet_"), *cases("full_retinanet_"), *(c for b in BLOCKS for c in cases(b))]
+
+
+def uncovered_cases() -> Dict[str, List[str]]:
+    """The other cases by reason."""
+    covered, reasons = set(covered_cases()), {}
+    for path in all_cases():
+        if path in covered:
+            continue
+        reason = "no such detector or method in d2kd"
+        if path.stem == "blocks_post_retinanet":
+            reason = "inference is detectron2's own, which clips boxes after NMS instead of before"
+        reasons.setdefault(reason, []).append(path.stem)
+    return reasons
+
+
+class Golden:
+    """One file: arrays as tensors, JSON as dicts, and what groups of arrays share a prefix."""
+
+    def __init__(self, path: Path) -> None:
+        self.arrays = dict(np.load(path))
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.arrays
+
+    def __getitem__(self, key: str) -> Tensor:
+        return torch.as_tensor(self.arrays[key])
+
+    def json(self, key: str) -> Any:
+        return json.loads(str(self.arrays[key]))
+
+    def levels(self, pattern: str) -> List[Tensor]:
+        """Arrays of all levels; ``{}`` in the pattern stands for p3 to p7."""
+        return [self[pattern.format(level)] for level in LEVELS]
+
+    def group(self, prefix: str) -> Dict[str, Tensor]:
+        """Arrays whose names start with a prefix, without it."""
+        return {key[len(prefix) :]: self[key] for key in self.arrays if key.startswith(prefix)}
+
+
+class Maps(Backbone):
+    """Stands for a backbone: gives stored FPN maps whatever the image."""
+
+    def __init__(self, maps: List[Tensor]) -> None:
+        super().__init__()
+        self.maps = maps
+        self._out_features = list(LEVELS)
+        self._out_feature_strides = dict(zip(LEVELS, (8, 16, 32, 64, 128)))
+        self._out_feature_channels = {level: m.shape[1] for level, m in zip(LEVELS, maps)}
+
+    @property
+    def size_divisibility(self) -> int:
+        return 32
+
+    def forward(self, _: Tensor) -> Dict[str, Tensor]:
+        return dict(zip(LEVELS, self.maps))
+
+
+def make_fpn(config: Dict[str, Any]) -> FPN:
+    """A ResNet-FPN from an mmdet config, with trainable BN in eval mode."""
+    backbone, neck = config["backbone"], config["neck"]
+    depth = backbone["depth"]
+    bottom_up = make_resnet(
+        BLOCKS_OF_DEPTH[depth],
+        width=backbone["base_channels"],
+        bottleneck=depth >= 50,
+        norm="BN",
+        freeze_at=backbone["frozen_stages"] + 1,
+    )
+    in_feature = {"on_input": "res5", "on_output": "p5"}[neck["add_extra_convs"]]
+    out = neck["out_channels"]
+    in_channels = bottom_up.output_shape()["res5"].channels if in_feature == "res5" else out
+    extra = ExtraLevels(in_channels, out, in_feature, neck["num_outs"] - 3)
+    return FPN(bottom_up, ["res3", "res4", "res5"], out, top_block=extra)
+
+
+def retinanet_args(config: Dict[str, Any], backbone: Backbone) -> Dict[str, Any]:
+    """Arguments of detectron2's RetinaNet from an mmdet config."""
+    head, test = config["bbox_head"], config["test_cfg"]
+    assigner = config["train_cfg"]["assigner"]
+    anchors = head["anchor_generator"]
+    octaves = anchors["scales_per_octave"]
+    sizes = [[anchors["octave_base_scale"] * s * 2 ** (i / octaves) for i in range(octaves)] for s in anchors["strides"]]
+    channels = head["in_channels"]
+    data = config.get("data_preprocessor", {"mean": [0.0] * 3, "std": [1.0] * 3})
+    return {
+        "backbone": backbone,
+        "head": RetinaNetHead(
+            input_shape=[ShapeSpec(channels=channels)] * len(sizes),
+            num_classes=head["num_classes"],
+            num_anchors=octaves * len(anchors["ratios"]),
+            conv_dims=[head["feat_channels"]] * head["stacked_convs"],
+        ),
+        "head_in_features": list(LEVELS),
+        "anchor_generator": DefaultAnchorGenerator(
+            sizes=sizes, aspect_ratios=anchors["ratios"], strides=anchors["strides"], offset=0.0
+        ),
+        "box2box_transform": Box2BoxTransform(weights=[1 / s for s in head["bbox_coder"]["target_stds"]]),
+        "anchor_matcher": Matcher(
+            [assigner["neg_iou_thr"], assigner["pos_iou_thr"]], [0, -1, 1], allow_low_quality_matches=True
+        ),
+        "num_classes": head["num_classes"],
+        "test_score_thresh": test["score_thr"],
+        "test_nms_thresh": test["nms"]["iou_threshold"],
+        "pixel_mean": data["mean"],
+        "pixel_std": data["std"],
+        "input_format": "RGB",
+    }
+
+
+class Case:
+    """A head or full case: the distilling model with the golden's weights, its batch, and what it should give."""
+
+    def __init__(self, path: Path) -> None:
+        self.golden = Golden(path)
+        self.full = path.name.startswith("full_")
+        stem = path.stem.split("_idx")[0]
+        self.inputs = Golden(path.with_name(f"{stem.rsplit('_t', 1)[0]}_student.npz" if self.full else f"{stem}_inputs.npz"))
+        teacher_file = Golden(path.with_name(f"{stem}_teacher.npz")) if self.full else self.inputs
+        config = self.inputs.json("config_json")
+        if self.full:
+            teacher_config = teacher_file.json("config_json")["teacher_config"]
+            backbones = [make_fpn(config), make_fpn(teacher_config)]
+            teacher_config = {**config, **teacher_config}
+        else:
+            self.maps = [m.requires_grad_() for m in self.inputs.levels("stu.fpn.{}")]
+            backbones = [Maps(self.maps), Maps(self.inputs.levels("tea.fpn.{}"))]
+            teacher_config = config
+        self.state = self.inputs.group("student.")
+        teacher = RetinaNet(**retinanet_args(teacher_config, backbones[1]))
+        fill(teacher, teacher_file.group("teacher."))
+        self.student = DistillRetinaNet(
+            **retinanet_args(config, backbones[0]),
+            teacher=Teacher(teacher, "RGB"),
+            methods=self.methods(pre_activation=path.stem.endswith("_preact")),
+        )
+        fill(self.student, self.state)
+        self.teacher_file = teacher_file
+        self.student.train()
+        for module in self.student.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.eval()
+
+    def methods(self, pre_activation: bool) -> List[torch.nn.Module]:
+        """The methods with the case's settings."""
+        config = self.golden.json("kd_cfg_json")
+        crosskd = CrossKD(
+            cut=int(self.golden["reused_teacher_head_idx"]),
+            cls_weight=config["loss_cls_kd"]["loss_weight"],
+            box_weight=config["loss_reg_kd"]["loss_weight"],
+            beta=config["loss_cls_kd"]["beta"],
+            pre_activation=pre_activation,
+        )
+        feature = config.get("loss_feat_kd")
+        return [crosskd, PKD(weight=feature["loss_weight"])] if feature else [crosskd]
+
+    def find(self, key: str) -> Golden:
+        """The file that holds a common input; cases without ground truth carry their own."""
+        return self.golden if key in self.golden else self.inputs
+
+    def batch(self) -> List[Dict[str, Any]]:
+        """The batch as a dataset mapper would give it, in RGB."""
+        batch = []
+        for i, size in enumerate(self.inputs["img_shapes"].tolist()):
+            image = self.inputs[f"image.{i}"].flip(0) if self.full else torch.zeros(3, *size)
+            target = Instances(tuple(size))
+            target.gt_boxes = Boxes(self.find(f"gt.{i}.boxes")[f"gt.{i}.boxes"].reshape(-1, 4))
+            target.gt_classes = self.find(f"gt.{i}.labels")[f"gt.{i}.labels"].long()
+            batch.append({"image": image, "instances": target})
+        return batch
+
+    def targets(self, name: str) -> Tensor:
+        """The reference's targets of all anchors, in the reference's order: (N, R) or (N, R, 4)."""
+        source = self.find("target.labels.p3")
+        return torch.cat(source.levels(f"target.{name}.{{}}"), dim=1)
+
+    def gradients(self, prefix: str) -> Dict[str, Tensor]:
+        """Golden gradients of parameters under detectron2's names; NaN where the file has none."""
+        grads = self.golden.group(prefix)
+        return convert_mmdet({k: grads.get(k, torch.full_like(v.float(), torch.nan)) for k, v in self.state.items()})
+
+    def norms(self) -> Dict[str, float]:
+        """Golden gradient norms under detectron2's names."""
+        names = list(self.state)
+        marked = convert_mmdet({k: torch.full_like(v.float(), i) for i, (k, v) in enumerate(self.state.items())})
+        norms = self.golden.group("gradnorm.")
+        found = {key: norms.get(names[int(value.flatten()[0])]) for key, value in marked.items()}
+        return {key: float(norm) for key, norm in found.items() if norm is not None}
+
+
+def fill(model: torch.nn.Module, state: Dict[str, Tensor]) -> None:
+    """Loads mmdet weights completely."""
+    result = model.load_state_dict(convert_mmdet(state), strict=False)
+    missing = [key for key in result.missing_keys if "num_batches_tracked" not in key]
+    assert not missing, missing
+    assert not result.unexpected_keys, result.unexpected_keys
+
+
+def slot_order(per_level: Tensor, num_ratios: int = 3, num_octaves: int = 3) -> Tensor:
+    """Reorders a level's anchors (N, H*W*A, ...) from the reference's slots (ratio major) to detectron2's."""
+    n, total, *rest = per_level.shape
+    cells = per_level.view(n, total // (num_ratios * num_octaves), num_ratios, num_octaves, *rest)
+    return cells.transpose(2, 3).reshape(n, total, *rest)
+
+
+def close(ours: Optional[Tensor], golden: Tensor, tolerance: float, what: str) -> None:
+    """Asserts that the largest error is at most ``tolerance`` of the largest value."""
+    assert ours is not None, f"{what}: no value"
+    assert ours.shape == golden.shape, f"{what}: {tuple(ours.shape)} is not {tuple(golden.shape)}"
+    assert torch.isfinite(ours).all(), f"{what}: not finite"
+    error = (ours - golden).abs().max()
+    assert error <= tolerance * golden.abs().max().clamp(min=1e-12), f"{what}: off by {float(error):.3g}"
