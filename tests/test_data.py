@@ -76,7 +76,7 @@ def test_annotations_are_complete_and_valid(smears: Path) -> None:
     assert 0.7 <= per_image[3] <= 3
 
 
-def test_boxes_fit_the_drawn_cells(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_boxes_fit_the_drawn_cells() -> None:
     """A single opaque cell on a flat, noiseless canvas changes exactly the pixels of its box, give or take the edge."""
     cell = synthetic.Cell(synthetic.WBC, 60.0, 50.0, (24.0, 18.0), 0.4, ((2, 0.05, 1.0), (3, 0.03, 2.0)))
     canvas = np.zeros((128, 170, 3))

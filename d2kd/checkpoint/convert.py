@@ -16,8 +16,8 @@ _REMINDER = """Set in the config that loads it (mmdetection's 'pytorch' style an
   MODEL.PIXEL_MEAN [123.675, 116.28, 103.53]
   MODEL.PIXEL_STD [58.395, 57.12, 57.375]
   MODEL.RESNETS.STRIDE_IN_1X1 False"""
-_TOP = """Mind that mmdetection's RetinaNet has no ReLU between P6 and P7, detectron2's LastLevelP6P7 has one; and that P6
-comes from C5 (add_extra_convs on_input) or P5 (on_output)."""
+_TOP = """Mind that mmdetection's RetinaNet has no ReLU between P6 and P7 (detectron2's LastLevelP6P7 has one), and
+makes P6 from C5 (add_extra_convs on_input) or P5 (on_output)."""
 
 
 def convert_file(source: str, target: str, num_ratios: int = 3, num_octaves: int = 3, force: bool = False) -> str:

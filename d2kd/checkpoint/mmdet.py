@@ -114,11 +114,8 @@ def _fpn_name(part: str, index: int, laterals: int) -> str:
 def _reorder(name: str, tensor: Tensor, num_ratios: int, num_octaves: int) -> Tensor:
     """Reorders the output channels of a predictor: (ratio, octave, rest) to (octave, ratio, rest)."""
     slots, channels = num_ratios * num_octaves, len(tensor)
-    if (
-        min(num_ratios, num_octaves) < 1
-        or channels % slots
-        or (name.startswith("bbox_head.retina_reg.") and channels != 4 * slots)
-    ):
+    fits = min(num_ratios, num_octaves) > 0 and channels % slots == 0
+    if not fits or (name.startswith("bbox_head.retina_reg.") and channels != 4 * slots):
         raise D2kdError(
             f"{name} has {channels} channels, which does not fit {num_ratios} ratios x {num_octaves} octaves; "
             "pass the numbers of the anchor generator it was trained with"

@@ -98,7 +98,7 @@ class StrictCheckpointer(DetectionCheckpointer, _SafeFiles):
         names = [re.sub(r"^module\.", "", str(name)) for name in checkpoint["model"]]
         try:
             incompatible = super()._load_model(checkpoint)
-        except (ValueError, AttributeError) as error:  # a value that is no tensor, a name that is no string
+        except (ValueError, TypeError) as error:  # a value that is no tensor, a name that is no string
             raise D2kdError(f"{self._filename} holds other things than weights ({error}); save a state dict") from error
         shapes = {name: f"{name} {a} in the file, {b} in the model" for name, a, b in incompatible.incorrect_shapes}
         missing = [name for name in incompatible.missing_keys if name not in shapes]

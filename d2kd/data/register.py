@@ -42,8 +42,9 @@ def register_coco(name: str, json_file: Union[str, Path], image_root: Union[str,
     taken = {key: os.path.abspath(metadata.get(key, "")) for key in files}
     if taken != files:
         raise D2kdError(
-            f"the data set name '{name}' already stands for {metadata.get('json_file', 'another data set')} with images in "
-            f"{metadata.get('image_root', 'no folder')}; choose another name for {json_file} with {image_root}"
+            f"the data set name '{name}' already stands for {metadata.get('json_file', 'another data set')} with "
+            f"images in {metadata.get('image_root', 'no folder')}; choose another name for {json_file} with images in "
+            f"{image_root}"
         )
 
 
@@ -117,8 +118,8 @@ def check_coco(json_file: Union[str, Path], image_root: Union[str, Path]) -> Non
     for image in content["images"][:IMAGES_CHECKED]:
         if not Path(image_root, image.get("file_name", "")).is_file():
             raise D2kdError(
-                f"the image '{image.get('file_name')}' named in {json_file} is not in {image_root}; put the images there "
-                "or give the folder that the file names are relative to"
+                f"the image '{image.get('file_name')}' named in {json_file} is not in {image_root}; put the images "
+                "there or give the folder that the file names are relative to"
             )
 
 

@@ -1,0 +1,96 @@
+"""Pictures of what runs did: loss and AP over time, and detections beside the ground truth."""
+
+import json
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, Sequence, Tuple
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.patches import Rectangle  # noqa: E402
+
+COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown")
+
+
+def read_metrics(run: Path) -> List[Dict[str, Any]]:
+    """Reads the records that detectron2 wrote into a run's ``metrics.json``, sorted by iteration.
+
+    A resumed run writes some iterations twice; the later record counts. A line cut off by an interruption is left out.
+    """
+    records: Dict[int, Dict[str, Any]] = {}
+    file = run / "metrics.json"
+    for line in file.read_text().splitlines() if file.exists() else []:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        records.setdefault(record["iteration"], {}).update(record)
+    return [records[key] for key in sorted(records)]
+
+
+def draw_curves(runs: Mapping[str, Path], file: Path) -> None:
+    """Draws the student's own loss and the AP of several runs over iterations.
+
+    Args:
+        runs: output folder of each run by its label.
+        file: the picture to write.
+    """
+    figure, (losses, aps) = plt.subplots(1, 2, figsize=(11, 4))
+    for colour, (label, folder) in zip(COLOURS * len(runs), runs.items()):
+        records = read_metrics(folder)
+        own = [(r["iteration"], r["loss_cls"] + r["loss_box_reg"]) for r in records if "loss_cls" in r]
+        ap = [(r["iteration"] + 1, r["bbox/AP"]) for r in records if "bbox/AP" in r]
+        losses.plot(*zip(*own), color=colour, label=label)
+        aps.plot(*zip(*ap), "o-", color=colour, label=label)
+    losses.set(xlabel="iteration", ylabel="detection loss (without distillation)", yscale="log")
+    aps.set(xlabel="iteration", ylabel="AP", ylim=(0, None))
+    aps.legend()
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def draw_grid(
+    annotations: Path, images: Path, runs: Mapping[str, Path], file: Path, num_images: int = 4, min_score: float = 0.4
+) -> None:
+    """Draws images with ground truth and each run's detections side by side.
+
+    Args:
+        annotations: COCO JSON of the test set.
+        images: folder of its images.
+        runs: by label the ``coco_instances_results.json`` of each run.
+        file: the picture to write.
+        num_images: rows; taken evenly from the set.
+        min_score: detections below are left out.
+    """
+    truth = json.loads(annotations.read_text())
+    names = {c["id"]: c["name"] for c in truth["categories"]}
+    columns = {"ground truth": truth["annotations"]}
+    for label, results in runs.items():
+        columns[label] = [d for d in json.loads(results.read_text()) if d["score"] >= min_score]
+    shown = truth["images"][:: max(len(truth["images"]) // num_images, 1)][:num_images]
+    figure, axes = plt.subplots(
+        len(shown), len(columns), figsize=(3 * len(columns), 2.4 * len(shown)), squeeze=False, layout="constrained"
+    )
+    for row, image in zip(axes, shown):
+        pixels = plt.imread(images / image["file_name"])
+        for axis, (label, boxes) in zip(row, columns.items()):
+            axis.imshow(pixels)
+            axis.set_axis_off()
+            _draw_boxes(axis, [b for b in boxes if b["image_id"] == image["id"]], sorted(names))
+            if image is shown[0]:
+                axis.set_title(label)
+    handles = [Rectangle((0, 0), 1, 1, fill=False, edgecolor=c) for c in COLOURS[: len(names)]]
+    figure.legend(handles, [names[i] for i in sorted(names)], loc="outside lower center", ncols=len(names))
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def _draw_boxes(axis: Axes, boxes: Sequence[Dict[str, Any]], categories: List[int]) -> None:
+    for box in boxes:
+        x, y, width, height = box["bbox"]
+        corner: Tuple[float, float] = (x, y)
+        colour = COLOURS[categories.index(box["category_id"]) % len(COLOURS)]
+        axis.add_patch(Rectangle(corner, width, height, fill=False, edgecolor=colour, linewidth=1.2))
