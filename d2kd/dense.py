@@ -27,11 +27,11 @@ class Cut(NamedTuple):
     """A place at which both towers of a head are cut.
 
     Attributes:
-        index: how many convolutions lie before the cut; 0 is the FPN feature itself.
-        pre_activation: the value before the activation that follows the ``index``-th convolution, instead of after.
+        convs: how many convolutions lie before the cut; 0 is the FPN feature itself.
+        pre_activation: the value before the activation that follows the last of them, instead of after.
     """
 
-    index: int
+    convs: int
     pre_activation: bool = False
 
 
@@ -50,9 +50,9 @@ def split_tower(tower: nn.Sequential, cut: Cut) -> Tuple[int, int]:
         D2kdError: the tower has fewer convolutions.
     """
     convs = [i for i, layer in enumerate(tower) if isinstance(layer, nn.Conv2d)]
-    if not 0 <= cut.index <= len(convs):
-        raise D2kdError(f"cut {cut.index} lies outside a tower of {len(convs)} convolutions; use 0 to {len(convs)}")
-    rest = [0, *convs[1:], len(tower)][cut.index]
+    if not 0 <= cut.convs <= len(convs):
+        raise D2kdError(f"cut {cut.convs} lies outside a tower of {len(convs)} convolutions; use 0 to {len(convs)}")
+    rest = [0, *convs[1:], len(tower)][cut.convs]
     end = rest
     while cut.pre_activation and end and isinstance(tower[end - 1], nn.ReLU):
         end -= 1
@@ -107,7 +107,8 @@ def cross_head(head: nn.Module, cut: Cut, cls_features: Features, box_features: 
     Args:
         head: reads a level's feature through ``cls_subnet`` and ``bbox_subnet`` only.
         cut: where the towers are entered.
-        cls_features, box_features: per level (N, C, Hi, Wi), what enters the class and the box tower.
+        cls_features: what enters the class tower, per level (N, C, Hi, Wi).
+        box_features: what enters the box tower, likewise.
 
     Returns:
         What ``head.forward`` returns. Gradients reach the features, and the head's parameters where these require any.
@@ -139,7 +140,7 @@ class DenseOutputs:
 
     def towers(self, cut: Cut) -> Tuple[Features, Features]:
         """Class and box tower features at a cut, each per level (N, C, Hi, Wi); at cut 0 the FPN features."""
-        return (self.features, self.features) if cut.index == 0 else self.taps[cut]
+        return (self.features, self.features) if cut.convs == 0 else self.taps[cut]
 
     @cached_property
     def anchors_per_level(self) -> List[Boxes]:
@@ -194,7 +195,9 @@ def decode_boxes(transform: Any, deltas: Tensor, anchors: Tensor) -> Tensor:
         (M*R, 4) XYXY boxes in pixels.
     """
     if isinstance(transform, Box2BoxTransform):
-        floor = deltas.new_tensor([-torch.inf, -torch.inf, *(-w * transform.scale_clamp for w in transform.weights[2:])])
+        floor = deltas.new_tensor(
+            [-torch.inf, -torch.inf, *(-w * transform.scale_clamp for w in transform.weights[2:])]
+        )
         deltas = torch.maximum(deltas, floor)
     return transform.apply_deltas(deltas, anchors.repeat(len(deltas) // len(anchors), 1))
 
@@ -227,7 +230,7 @@ def run_dense(
     features = [features[name] for name in detector.head_in_features]
     if not with_head:
         return DenseOutputs(detector, features)
-    with tap_towers(detector.head, [cut for cut in cuts if cut.index > 0]) as taps:
+    with tap_towers(detector.head, [cut for cut in cuts if cut.convs > 0]) as taps:
         predictions = tuple(detector.head(features))
     return DenseOutputs(detector, features, predictions, taps)
 

@@ -87,18 +87,19 @@ def load_teacher(
     if path.endswith(".py"):
         lazy = LazyConfig.apply_overrides(LazyConfig.load(path), list(opts))
         detector = instantiate(lazy.model).to(device)
-        input_format = input_format or getattr(detector, "input_format", "BGR")
+        config_format = getattr(detector, "input_format", "BGR")
     else:
         cfg = load_config(path, opts)
         cfg.MODEL.DEVICE = device
         cfg.MODEL.DISTILL.METHODS = ()  # a teacher that was itself distilled needs no teacher of its own
         detector = build_model(cfg)
-        input_format = input_format or cfg.INPUT.FORMAT
+        config_format = cfg.INPUT.FORMAT
     if not isinstance(detector, DenseDetector):
         raise D2kdError(f"the teacher of {config_file} is a {type(detector).__name__}, not a dense detector")
     load_strict(detector, weights)
-    logging.getLogger(__name__).info("Teacher %s (%s) from %s", Path(path).name, input_format, weights)
-    return Teacher(detector, input_format)
+    teacher = Teacher(detector, input_format or config_format)
+    logging.getLogger(__name__).info("Teacher %s (%s) from %s", Path(path).name, teacher.input_format, weights)
+    return teacher
 
 
 class DistillMetaArch(DenseDetector):
@@ -141,7 +142,7 @@ class DistillMetaArch(DenseDetector):
             build_method(name, **{key: distill[name.upper()][key.upper()] for key in method_defaults(name)})
             for name in distill.METHODS
         ]
-        student = super().from_config(cfg)  # type: ignore[misc]
+        student = super().from_config(cfg)
         teacher = distill.TEACHER
         return {
             **student,
@@ -205,7 +206,8 @@ class DistillMetaArch(DenseDetector):
             features: FPN features, per level (N, C, Hi, Wi).
             predictions: raw head outputs, each per level.
             gt_instances: ground truth of each image.
-            student, teacher: what the methods see of both; None leaves the student's own losses.
+            student: what the methods see of the student; None leaves its own losses alone.
+            teacher: what they see of the teacher, likewise.
         """
         if student is None or teacher is None:
             return super().forward_training(images, features, predictions, gt_instances)

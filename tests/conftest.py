@@ -1,18 +1,34 @@
 """Shared by all tests: quiet, two threads, and what the parity test ran, printed at the end."""
 
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 
 os.environ.setdefault("D2KD_GOLDENS", str(Path(__file__).parent / "goldens"))
+os.environ["DETECTRON2_DATASETS"] = DATASETS = tempfile.mkdtemp(prefix="d2kd_datasets_")
 sys.path.insert(0, str(Path(__file__).parent))
 
-import d2kd  # noqa: E402, F401
+from d2kd.data import write_blood_cells
 
 torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def blood_cells() -> Path:
+    """A few images under the registered names blood_cells_train and blood_cells_val."""
+    folder = Path(DATASETS) / "blood_cells"
+    write_blood_cells(folder, "train", num_images=12, seed=1)
+    write_blood_cells(folder, "val", num_images=4, seed=2)
+    return folder
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(DATASETS, ignore_errors=True)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -123,7 +123,9 @@ def retinanet_args(config: Dict[str, Any], backbone: Backbone) -> Dict[str, Any]
     assigner = config["train_cfg"]["assigner"]
     anchors = head["anchor_generator"]
     octaves = anchors["scales_per_octave"]
-    sizes = [[anchors["octave_base_scale"] * s * 2 ** (i / octaves) for i in range(octaves)] for s in anchors["strides"]]
+    sizes = [
+        [anchors["octave_base_scale"] * s * 2 ** (i / octaves) for i in range(octaves)] for s in anchors["strides"]
+    ]
     channels = head["in_channels"]
     data = config.get("data_preprocessor", {"mean": [0.0] * 3, "std": [1.0] * 3})
     return {
@@ -158,7 +160,9 @@ class Case:
         self.golden = Golden(path)
         self.full = path.name.startswith("full_")
         stem = path.stem.split("_idx")[0]
-        self.inputs = Golden(path.with_name(f"{stem.rsplit('_t', 1)[0]}_student.npz" if self.full else f"{stem}_inputs.npz"))
+        self.inputs = Golden(
+            path.with_name(f"{stem.rsplit('_t', 1)[0]}_student.npz" if self.full else f"{stem}_inputs.npz")
+        )
         teacher_file = Golden(path.with_name(f"{stem}_teacher.npz")) if self.full else self.inputs
         config = self.inputs.json("config_json")
         if self.full:

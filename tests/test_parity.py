@@ -121,7 +121,8 @@ def test_targets_and_predictions(path: Path) -> None:
     assert torch.equal(targets.weights, weights)
     assert float(targets.num_pos) == float(source["target.avg_factor"])
     assert torch.equal(
-        torch.where(weights > 0, targets.labels, -1), torch.where(weights > 0, in_our_order(source.levels("target.labels.{}")), -1)
+        torch.where(weights > 0, targets.labels, -1),
+        torch.where(weights > 0, in_our_order(source.levels("target.labels.{}")), -1),
     )
     teacher = case.student.teacher(batch, "RGB", case.student.methods[0].cuts)
     if case.full:

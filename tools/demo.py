@@ -13,7 +13,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 from typing import Dict, List
 
 import torch
@@ -25,6 +25,8 @@ from d2kd.pictures import draw_curves, draw_grid, read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 LABELS = {"teacher": "teacher", "student": "student", "crosskd": "student + CrossKD", "longer": "student, same time"}
+
+DIGITS = {"s/step": 3, "training s": 0}
 
 
 @dataclass
@@ -74,7 +76,9 @@ class Run:
         log = self.folder / "train.log"
         began = time.time()
         with log.open("a") as out:
-            process = subprocess.Popen(self.command(), cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, env=environment())
+            process = subprocess.Popen(
+                self.command(), cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, env=environment()
+            )
             try:
                 while process.poll() is None:
                     time.sleep(0.5)
@@ -86,7 +90,9 @@ class Run:
         if process.returncode:
             tail = "\n".join(log.read_text().splitlines()[-15:])
             raise D2kdError(f"{self.name} failed; the end of {log}:\n{tail}")
-        show(f"{position} {self.name}: AP {self.records[-1]['bbox/AP']:.1f} after {time.time() - began:.0f} s", end="\n")
+        show(
+            f"{position} {self.name}: AP {self.records[-1]['bbox/AP']:.1f} after {time.time() - began:.0f} s", end="\n"
+        )
 
     def progress(self) -> str:
         """Where the run is, with an estimate of the time left."""
@@ -100,11 +106,9 @@ class Run:
         eta = int((self.iterations - done) * last.get("time", 0))
         return f"{done}/{self.iterations} loss {last['total_loss']:.2f} ETA {eta // 60}:{eta % 60:02d}"
 
-    def seconds(self) -> float:
-        """Seconds of training, evaluation apart, also of a run that was resumed."""
-        times = [(r["iteration"], r["time"]) for r in self.records if "time" in r]
-        previous = [-1] + [iteration for iteration, _ in times]
-        return sum((iteration - before) * each for (iteration, each), before in zip(times, previous))
+    def step_seconds(self) -> float:
+        """Median time of a training step, which neither evaluation nor a resumption distorts."""
+        return median(r["time"] for r in self.records if "time" in r)
 
     def parameters(self) -> int:
         """Number of trained parameters of the deployed detector."""
@@ -116,7 +120,13 @@ class Run:
         """The numbers of the table."""
         last = self.records[-1]
         per_class = {k[len("bbox/") :]: v for k, v in sorted(last.items()) if k.startswith("bbox/AP-")}
-        return {"AP": last["bbox/AP"], "AP50": last["bbox/AP50"], **per_class, "seconds": self.seconds()}
+        return {
+            "AP": last["bbox/AP"],
+            "AP50": last["bbox/AP50"],
+            **per_class,
+            "s/step": self.step_seconds(),
+            "training s": self.step_seconds() * self.iterations,
+        }
 
 
 def environment() -> Dict[str, str]:
@@ -160,7 +170,7 @@ def table(runs: List[Run]) -> str:
     for kind in dict.fromkeys(run.kind for run in runs):
         group = [run for run in runs if run.kind == kind]
         numbers = [run.row() for run in group]
-        columns = {key: spread([n[key] for n in numbers], 0 if key == "seconds" else 1) for key in numbers[0]}
+        columns = {key: spread([n[key] for n in numbers], DIGITS.get(key, 1)) for key in numbers[0]}
         params = f"{group[0].parameters() / 1e6:.2f} M"
         rows.append({"": LABELS[kind], "params": params, "iterations": group[0].iterations, **columns})
         if len(group) > 1:
@@ -201,8 +211,8 @@ def run_all(args: argparse.Namespace) -> None:
     for position, run in enumerate(runs, 1):
         finish(run, f"[{position}/{total}]")
     if args.same_time:
-        ratio = mean(r.seconds() for r in runs if r.kind == "crosskd") / mean(
-            r.seconds() for r in runs if r.kind == "student"
+        ratio = mean(r.step_seconds() for r in runs if r.kind == "crosskd") / mean(
+            r.step_seconds() for r in runs if r.kind == "student"
         )
         settings["iterations"] = round(args.iterations * ratio)
         for seed in range(1, args.seeds + 1):
@@ -216,7 +226,9 @@ def finish(run: Run, position: str) -> None:
     settings = run.folder / "settings.json"
     wanted = {"iterations": run.iterations, "seed": run.seed, "data": run.data}
     if settings.exists() and run.kind != "longer" and json.loads(settings.read_text()) != wanted:
-        raise D2kdError(f"{run.folder} holds a run with other settings ({settings.read_text()}); remove it, or use --output")
+        raise D2kdError(
+            f"{run.folder} holds a run with other settings ({settings.read_text()}); remove it, or use --output"
+        )
     if run.done:
         print(f"{position} {run.name}: done before, AP {run.records[-1]['bbox/AP']:.1f}")
         return

@@ -1,6 +1,6 @@
 """RetinaNet R18 from torchvision's weights, which want RGB and the stride in the 3x3 convolution; 1x on COCO."""
 
-from .retinanet_R50 import dataloader, lr_multiplier, model, optimizer, train
+from .retinanet_R50 import dataloader, model, train
 
 model.backbone.bottom_up.stages.depth = 18
 model.backbone.bottom_up.stages.stride_in_1x1 = False

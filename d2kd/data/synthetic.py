@@ -21,12 +21,12 @@ VERSION = 1
 # All lengths below are pixels of an image of this height; other sizes show the same smear at another resolution.
 NOMINAL_SIZE = (128, 170)
 
-DIAMETER = {RBC: (18.0, 34.0), WBC: (40.0, 58.0), PLATELET: (9.5, 14.0)}
+DIAMETER = {RBC: (18.0, 34.0), WBC: (40.0, 58.0), PLATELET: (14.0, 19.0)}
 # The largest departure from a circle: ratio of the axes, and the amplitude of the outline's waves.
 FLATTEST = {RBC: 0.72, WBC: 0.8, PLATELET: 0.7}
 WOBBLE = {RBC: 0.03, WBC: 0.05, PLATELET: 0.09}
 # The least distance of two centres, as a share of the sum of their radii: below 1 the cells may overlap.
-SPACING = {RBC: 0.62, WBC: 0.8, PLATELET: 0.7}
+SPACING = {RBC: 0.62, WBC: 0.8, PLATELET: 0.9}
 PLACEMENT_TRIES = 30
 
 # Less than this share of a cell in the image: the cell is not drawn. Less of it left in sight: it is not labelled.
@@ -209,7 +209,7 @@ def _place_cells(rng: np.random.Generator, size: Tuple[int, int], scale: float) 
     counts = {
         WBC: rng.choice([0, 1, 2], p=[0.06, 0.86, 0.08]),
         RBC: round(rng.integers(9, 24) * crowd),
-        PLATELET: rng.choice([0, 1, 2, 3, 4], p=[0.1, 0.3, 0.3, 0.2, 0.1]),
+        PLATELET: rng.choice([1, 2, 3, 4, 5], p=[0.1, 0.3, 0.3, 0.2, 0.1]),
     }
     cells: List[Cell] = []
     for category, count in counts.items():

@@ -89,9 +89,7 @@ def run(args: argparse.Namespace, cfg: DictConfig) -> Dict[str, Any]:
 
 def test(cfg: DictConfig, model: nn.Module) -> Dict[str, Any]:
     """Evaluates a model on the config's test set."""
-    results = inference_on_dataset(
-        model, instantiate(cfg.dataloader.test), instantiate(cfg.dataloader.evaluator)
-    )
+    results = inference_on_dataset(model, instantiate(cfg.dataloader.test), instantiate(cfg.dataloader.evaluator))
     if comm.is_main_process():
         print_csv_format(results)
     return results

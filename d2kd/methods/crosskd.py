@@ -61,7 +61,7 @@ class CrossKD(Method):
         given, wanted = (tower_channels(detector, self.cut) for detector in (student, teacher))
         if given != wanted:
             raise D2kdError(
-                f"CrossKD at cut {self.cut.index}: the student's towers have {given} channels (class, box) there and "
+                f"CrossKD at cut {self.cut.convs}: the student's towers have {given} channels (class, box) there and "
                 f"the teacher's {wanted}; use a student with equal FPN.OUT_CHANNELS and head width"
             )
 
@@ -77,16 +77,14 @@ class CrossKD(Method):
 
     def cross(self, student: DenseOutputs, teacher: DenseOutputs) -> DenseOutputs:
         """Returns the teacher head's outputs on the student's aligned tower features."""
-        aligned = [
-            self.align(own, theirs) for own, theirs in zip(student.towers(self.cut), teacher.towers(self.cut))
-        ]
+        aligned = [self.align(own, theirs) for own, theirs in zip(student.towers(self.cut), teacher.towers(self.cut))]
         predictions = cross_head(teacher.detector.head, self.cut, *aligned)
         return DenseOutputs(teacher.detector, teacher.features, predictions)
 
     def align(self, student: List[Tensor], teacher: List[Tensor]) -> List[Tensor]:
         """Aligns each level, and activates the result unless it is an FPN feature."""
         aligned = [align_scale(s, t, self.sync) for s, t in zip(student, teacher)]
-        return [level.relu() for level in aligned] if self.cut.index > 0 else aligned
+        return [level.relu() for level in aligned] if self.cut.convs > 0 else aligned
 
 
 def align_scale(student: Tensor, teacher: Tensor, sync: bool = False) -> Tensor:

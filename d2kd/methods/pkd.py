@@ -9,6 +9,7 @@ student of other width passes a trainable 1x1 convolution (theirs needs equal ch
 
 from typing import ClassVar, Dict
 
+import torch
 import torch.nn.functional as F
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from torch import Tensor, nn
@@ -41,8 +42,8 @@ class PKD(Method):
 
     def forward(self, student: DenseOutputs, teacher: DenseOutputs, targets: Targets) -> Dict[str, Tensor]:
         pairs = zip(student.features, teacher.features)
-        loss = sum(F.mse_loss(self._normalise(self.adapter(s)), self._normalise(t)) for s, t in pairs)
-        return {"loss_pkd_feature": self.weight * loss / 2}
+        levels = [F.mse_loss(self._normalise(self.adapter(s)), self._normalise(t)) for s, t in pairs]
+        return {"loss_pkd_feature": self.weight * torch.stack(levels).sum() / 2}
 
     def _normalise(self, feature: Tensor) -> Tensor:
         mean, std = channel_statistics(feature, self.sync)

@@ -1,0 +1,159 @@
+"""Every registered method on every detector, and what single methods promise."""
+
+import pytest
+import torch
+from small import batch, build, distill_config, gradients, save_teacher, step
+
+from d2kd.dense import DenseOutputs
+from d2kd.errors import D2kdError
+from d2kd.losses import giou_loss, kd_quality_focal_loss
+from d2kd.methods import CrossKD, build_method, method_defaults, method_names
+from d2kd.methods.base import channel_statistics
+from d2kd.methods.crosskd import align_scale
+
+DETECTORS = {
+    "RetinaNet": (),
+    "RetinaNet without norm": ("MODEL.RETINANET.NORM", ""),
+    "RetinaNet BN": ("MODEL.RETINANET.NORM", "BN"),
+}
+
+
+@pytest.fixture(scope="module")
+def teacher_files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("teachers")
+    return {name: save_teacher(folder / f"{name}.pth", *opts) for name, opts in DETECTORS.items()}
+
+
+@pytest.mark.parametrize("detector", DETECTORS)
+@pytest.mark.parametrize("method", method_names())
+@pytest.mark.parametrize("boxes", [(2, 2), (2, 0), (0, 0)], ids=["all", "one empty", "none"])
+def test_every_method_on_every_detector(teacher_files, method, detector, boxes):
+    opts = DETECTORS[detector]
+    student = build(distill_config(teacher_files[detector], *opts, methods=[method], teacher_opts=opts))
+    inputs = batch(boxes=boxes)
+    losses = step(student, inputs)
+    kd = {key: value for key, value in losses.items() if key.startswith(f"loss_{method.lower()}_")}
+    with_boxes = step(student, batch())
+    assert losses.keys() == with_boxes.keys()
+    assert kd
+    for value in kd.values():
+        assert value.shape == ()
+        assert value.dtype == torch.float32
+        assert torch.isfinite(value)
+        assert value > 0
+    grads = gradients(student, kd)
+    assert all(g.isfinite().all() for g in grads.values())
+    assert any(name.startswith("backbone.bottom_up") and g.abs().max() > 0 for name, g in grads.items())
+
+
+@pytest.mark.parametrize("method", method_names())
+def test_single_value_per_channel(teacher_files, method):
+    """One image of 64x64 has a P6 of 1x1: no unbiased deviation, and still no NaN."""
+    student = build(distill_config(teacher_files["RetinaNet"], methods=[method]))
+    inputs = batch([(64, 64)])
+    assert student.backbone(student.preprocess_image(inputs).tensor)["p6"].shape[-2:] == (1, 1)
+    losses = step(student, inputs)
+    assert all(torch.isfinite(value) for value in losses.values())
+    assert all(g.isfinite().all() for g in gradients(student, losses).values())
+
+
+@pytest.mark.parametrize("method", method_names())
+def test_losses_stay_float32_under_autocast(teacher_files, method):
+    student = build(distill_config(teacher_files["RetinaNet"], methods=[method]))
+    exact = step(student, batch())
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = step(student, batch())
+    for key, value in losses.items():
+        if f"_{method.lower()}_" in key:
+            assert value.dtype == torch.float32
+            torch.testing.assert_close(value, exact[key], rtol=0.1, atol=0)
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_options_have_defaults_and_names_are_checked(name):
+    build_method(name, **method_defaults(name))
+    with pytest.raises(D2kdError, match="did you mean"):
+        build_method(name[:-1] + "x")
+    option = next(iter(method_defaults(name)))
+    with pytest.raises(D2kdError, match=f"did you mean {option}"):
+        build_method(name, **{option + "s": 1})
+
+
+def test_weights_scale_the_losses(teacher_files):
+    one = step(build(distill_config(teacher_files["RetinaNet"])), batch())
+    opts = ["MODEL.DISTILL.CROSSKD.CLS_WEIGHT", 2.0, "MODEL.DISTILL.CROSSKD.BOX_WEIGHT", 0.0]
+    two = step(build(distill_config(teacher_files["RetinaNet"], *opts)), batch())
+    torch.testing.assert_close(two["loss_crosskd_cls"], 2 * one["loss_crosskd_cls"])
+    assert two["loss_crosskd_box"] == 0
+
+
+def test_no_loss_where_the_student_is_the_teacher(teacher_files):
+    """The teacher's own weights in the student: aligned features and predictions agree, up to eps in the deviation."""
+    student = build(distill_config(teacher_files["RetinaNet"], methods=["CrossKD", "PKD"]))
+    apart = step(student, batch())
+    student.load_state_dict(student.teacher.detector.state_dict())
+    losses = step(student, batch())
+    assert losses["loss_crosskd_cls"] < 1e-4 * apart["loss_crosskd_cls"]
+    assert losses["loss_crosskd_box"] < 1e-3 * apart["loss_crosskd_box"]
+    assert losses["loss_pkd_feature"] < 1e-6 * apart["loss_pkd_feature"]
+
+
+def test_padding_adds_no_loss(teacher_files):
+    """A teacher changed only where the small image is padding: that image's class loss must not see it.
+
+    Both images are equal, the second lies in a batch of twice the width; the anchors beyond it weigh nothing, so
+    scaling the teacher's scores there changes nothing.
+    """
+    student = build(distill_config(teacher_files["RetinaNet"]))
+    seen = []
+    student.distill["crosskd"].register_forward_pre_hook(lambda _m, args: seen.append(args))
+    step(student, batch([(64, 128), (64, 64)]))
+    own, teacher, targets = seen[0]
+    method = student.distill["crosskd"]
+    before = method(own, teacher, targets)
+    outside = (targets.weights == 0).nonzero(as_tuple=True)
+    changed = DenseOutputs(teacher.detector, teacher.features, teacher.predictions, teacher.taps)
+    changed.logits = teacher.logits.clone()
+    changed.logits[outside] += 3
+    after = method(own, changed, targets)
+    assert torch.equal(before["loss_crosskd_cls"], after["loss_crosskd_cls"])
+    assert (targets.weights[1] == 0).sum() > 0
+
+
+def test_kd_quality_focal_loss_by_hand():
+    """X = 0, t = ln 3: BCE = ln 2, |1/2 - 3/4| = 1/4, so ln 2 / 4; with beta 0 it is BCE itself."""
+    x, t = torch.tensor([0.0]), torch.tensor([3.0]).log()
+    torch.testing.assert_close(kd_quality_focal_loss(x, t), torch.tensor([2.0]).log() / 4)
+    torch.testing.assert_close(kd_quality_focal_loss(x, t, beta=0.0), torch.tensor([2.0]).log())
+
+
+def test_giou_loss_by_hand():
+    """Unit squares side by side with a gap of 1: IoU 0, hull 3, union 2, so 1 - (0 - 1/3) = 4/3; equal boxes: 0."""
+    box = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
+    apart = torch.tensor([[2.0, 0.0, 3.0, 1.0]])
+    torch.testing.assert_close(giou_loss(box, apart), torch.tensor([4 / 3]))
+    torch.testing.assert_close(giou_loss(box, box), torch.zeros(1))
+
+
+def test_gradients_of_losses_numerically():
+    torch.manual_seed(0)
+    logits, teacher = torch.randn(6, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
+    exact = torch.autograd.functional.jacobian(lambda x: kd_quality_focal_loss(x, teacher).sum(), logits)
+    step = 1e-3
+    for i in range(6):
+        shift = torch.zeros(6, dtype=torch.float64)
+        shift[i] = step
+        above, below = (kd_quality_focal_loss(logits + s, teacher).sum() for s in (shift, -shift))
+        assert float(exact[i]) == pytest.approx(float((above - below) / (2 * step)), abs=2e-3)
+
+
+def test_alignment_takes_over_the_statistics():
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 4, 5, 6) * 3 + 1, torch.randn(2, 4, 5, 6) / 2 - 4
+    for ours, theirs in zip(channel_statistics(align_scale(student, teacher)), channel_statistics(teacher)):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_before_the_activation_differs_from_after():
+    assert CrossKD().cut.pre_activation is False
+    assert CrossKD(pre_activation=True).cuts != CrossKD().cuts
