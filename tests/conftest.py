@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fvcore.nn import sigmoid_focal_loss_jit
 
 os.environ.setdefault("D2KD_GOLDENS", str(Path(__file__).parent / "goldens"))
 os.environ["DETECTRON2_DATASETS"] = DATASETS = tempfile.mkdtemp(prefix="d2kd_datasets_")
@@ -16,6 +17,15 @@ sys.path.insert(0, str(Path(__file__).parent))
 from d2kd.data import write_blood_cells
 
 torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _warm_focal_loss() -> None:
+    """fvcore's scripted focal loss has other last bits in its first calls, before the JIT has optimised it."""
+    for _ in range(4):
+        logits = torch.randn(8, 3, requires_grad=True)
+        loss = sigmoid_focal_loss_jit(logits, torch.zeros(8, 3), alpha=0.25, gamma=2.0, reduction="sum")
+        loss.backward()
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,8 @@ from d2kd.distill import load_teacher
 from d2kd.errors import D2kdError
 
 WIDER = ["MODEL.FPN.OUT_CHANNELS", "64"]
+THREE_LEVELS = ["MODEL.RETINANET.IN_FEATURES", "['p3', 'p4', 'p5']"]
+THREE_LEVELS += ["MODEL.ANCHOR_GENERATOR.SIZES", "[[16, 20, 25], [32, 40, 50], [64, 80, 100]]"]
 TO_RGB = ["INPUT.FORMAT", "RGB", "MODEL.PIXEL_MEAN", "[123.675,116.28,103.53]"]
 
 
@@ -186,7 +188,7 @@ def test_kd_gradient_stops_at_the_cut(student):
         (["MODEL.ANCHOR_GENERATOR.OFFSET", "0.5"], "anchors of student and teacher differ"),
         (["MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", "[[0.4, 1.0, 2.0]]"], "anchors of student and teacher differ"),
         (
-            ["MODEL.RETINANET.IN_FEATURES", "['p3','p4','p5']"],
+            THREE_LEVELS,
             r"strides \[8, 16, 32, 64\] and the teacher's \[8, 16, 32\]",
         ),
         (WIDER, "32, 32.*64, 64"),

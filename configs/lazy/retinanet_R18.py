@@ -1,9 +1,9 @@
-"""RetinaNet R18 from torchvision's weights, which want RGB and the stride in the 3x3 convolution; 1x on COCO."""
+"""RetinaNet R18 from torchvision's weights, which want RGB; 1x on COCO."""
 
 from .retinanet_R50 import dataloader, model, train
 
 model.backbone.bottom_up.stages.depth = 18
-model.backbone.bottom_up.stages.stride_in_1x1 = False
+del model.backbone.bottom_up.stages.stride_in_1x1  # basic blocks have no 1x1 convolution
 model.backbone.top_block.in_channels = 512
 model.pixel_mean = [123.675, 116.28, 103.53]
 model.pixel_std = [58.395, 57.12, 57.375]
