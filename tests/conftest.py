@@ -21,7 +21,7 @@ torch.set_num_threads(2)
 
 @pytest.fixture(scope="session", autouse=True)
 def _warm_focal_loss() -> None:
-    """fvcore's scripted focal loss has other last bits in its first calls, before the JIT has optimised it."""
+    """The scripted focal loss of fvcore has other last bits in its first calls, before the JIT has optimised it."""
     for _ in range(4):
         logits = torch.randn(8, 3, requires_grad=True)
         loss = sigmoid_focal_loss_jit(logits, torch.zeros(8, 3), alpha=0.25, gamma=2.0, reduction="sum")

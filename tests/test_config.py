@@ -53,6 +53,7 @@ def test_lazy_builds_and_reloads(path, monkeypatch, tmp_path):
 
     monkeypatch.setattr(distill, "load_strict", lambda *_: None)
     cfg = LazyConfig.load(str(path))
+    assert {"model", "train", "dataloader", "optimizer", "lr_multiplier"} <= set(cfg)
     LazyConfig.save(cfg, str(tmp_path / "config.yaml"))
     cfg = LazyConfig.load(str(tmp_path / "config.yaml"))
     model = instantiate(cfg.model)

@@ -7,7 +7,7 @@ from detectron2.config import LazyCall as L
 from d2kd.distill import DistillRetinaNet, load_teacher
 from d2kd.methods import CrossKD
 
-from .retinanet_R18 import model, train
+from .retinanet_R18 import dataloader, lr_multiplier, model, optimizer, train
 
 model._target_ = DistillRetinaNet
 model.teacher = L(load_teacher)(

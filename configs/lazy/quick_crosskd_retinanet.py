@@ -9,7 +9,7 @@ from d2kd.distill import DistillRetinaNet, load_teacher
 from d2kd.methods import CrossKD
 from d2kd.modeling import ExtraLevels, make_resnet
 
-from .retinanet_R50 import dataloader, model, train
+from .retinanet_R50 import dataloader, lr_multiplier, model, optimizer, train
 
 model._target_ = DistillRetinaNet
 model.backbone.bottom_up = L(make_resnet)(blocks=[1, 1, 1, 1], width=4, freeze_at=0)

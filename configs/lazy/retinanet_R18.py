@@ -1,6 +1,6 @@
 """RetinaNet R18 from torchvision's weights, which want RGB; 1x on COCO."""
 
-from .retinanet_R50 import dataloader, model, train
+from .retinanet_R50 import dataloader, lr_multiplier, model, optimizer, train
 
 model.backbone.bottom_up.stages.depth = 18
 del model.backbone.bottom_up.stages.stride_in_1x1  # basic blocks have no 1x1 convolution
