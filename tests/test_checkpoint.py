@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from d2kd.checkpoint import StrictCheckpointer, convert_mmdet, files, is_mmdet, load_strict, register_torchvision
 from d2kd.checkpoint.convert import main
 from d2kd.errors import D2kdError
+from d2kd.modeling import ExtraLevels
 
 KEYS = json.loads((Path(__file__).parent / "goldens/crosskd/mmdet_state_dict_keys.json").read_text())
 RESNET18 = "resnet18-f37072fd.pth"
@@ -44,6 +45,12 @@ def config(depth: int = 18, classes: int = 80, channels: int = 256) -> CfgNode:
 def small_model(classes: int = 5) -> nn.Module:
     """ResNet-18 with 8 FPN channels: the smallest that detectron2's own builders make."""
     return build_model(config(classes=classes, channels=8))
+
+
+def without_relu(model: nn.Module) -> nn.Module:
+    """The same model with P6 and P7 as mmdetection makes them."""
+    model.backbone.top_block = ExtraLevels(512, 8, "res5")
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -331,7 +338,7 @@ def test_loads_zoo_files(model: nn.Module, tmp_path: Path) -> None:
 
 def test_loads_mmdet_files(tmp_path: Path) -> None:
     state = shrink()
-    other = small_model()
+    other = without_relu(small_model())
     load_strict(other, save(tmp_path / "mmdet.pth", {"state_dict": state, "meta": {"epoch": 12}}))
     assert equal(other.state_dict(), convert_mmdet(state))
 
@@ -340,13 +347,20 @@ def test_mmdet_anchor_grid_is_the_models(tmp_path: Path) -> None:
     cfg = config(classes=5, channels=8)
     cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[x, 1.3 * x, 1.6 * x, 1.8 * x] for x in (32, 64, 128, 256, 512)]
     cfg.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS = [[0.5, 2.0]]
-    other, state = build_model(cfg), shrink(slots=8)
+    other, state = without_relu(build_model(cfg)), shrink(slots=8)
     load_strict(other, save(tmp_path / "mmdet.pth", state))
     assert equal(other.state_dict(), convert_mmdet(state, num_ratios=2, num_octaves=4))
 
 
+def test_mmdet_file_in_a_model_with_another_p7_is_refused(tmp_path: Path) -> None:
+    """The keys would fit, and every P7 would be another than the one it was trained with."""
+    assert "no ReLU between P6 and P7" in message(
+        lambda: load_strict(small_model(), save(tmp_path / "m.pth", shrink()))
+    )
+
+
 def test_model_without_anchors_reads_mmdet_as_3_by_3(tmp_path: Path) -> None:
-    other = small_model()
+    other = without_relu(small_model())
     del other.anchor_generator
     load_strict(other, save(tmp_path / "mmdet.pth", shrink()))
 

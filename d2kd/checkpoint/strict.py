@@ -6,6 +6,7 @@ from typing import Any, Dict, List
 from urllib.parse import urlparse
 
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.modeling.backbone.fpn import LastLevelP6P7
 from fvcore.common.checkpoint import Checkpointer
 from torch import nn
 
@@ -89,6 +90,12 @@ class StrictCheckpointer(DetectionCheckpointer, _SafeFiles):
         return loaded
 
     def _convert(self, state: Dict[str, Any]) -> Dict[str, Any]:
+        extra = getattr(getattr(self.model, "backbone", None), "top_block", None)
+        if isinstance(extra, LastLevelP6P7) or getattr(extra, "relu", False):
+            raise D2kdError(
+                f"{self._filename}: mmdetection's RetinaNet has no ReLU between P6 and P7, the model has one, and would "
+                'run with other features than it was trained with; set MODEL.BACKBONE.NAME "build_extra_fpn_backbone"'
+            )
         try:
             return convert_mmdet(state, *_anchor_grid(self.model))
         except D2kdError as error:
