@@ -52,3 +52,19 @@ def _extent(low: Tensor, high: Tensor) -> Tensor:
 
 def _area(boxes: Tensor) -> Tensor:
     return (boxes[..., 2:] - boxes[..., :2]).prod(-1)
+
+
+def kl_divergence_loss(logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL divergence from a teacher's distribution (arXiv 1503.02531), times the squared temperature.
+
+    Args:
+        logits: (..., B), over B classes or bins.
+        teacher_logits: (..., B).
+        temperature: divides both before the softmax, > 0.
+
+    Returns:
+        (...), >= 0, summed over B.
+    """
+    log_probs = F.log_softmax(logits.float() / temperature, dim=-1)
+    teacher = F.log_softmax(teacher_logits.detach().float() / temperature, dim=-1)
+    return F.kl_div(log_probs, teacher, reduction="none", log_target=True).sum(-1) * temperature**2

@@ -93,7 +93,7 @@ class StrictCheckpointer(DetectionCheckpointer, _SafeFiles):
         extra = getattr(getattr(self.model, "backbone", None), "top_block", None)
         if isinstance(extra, LastLevelP6P7) or getattr(extra, "relu", False):
             raise D2kdError(
-                f"{self._filename}: mmdetection's RetinaNet has no ReLU between P6 and P7, the model has one, and would "
+                f"{self._filename}: mmdetection's RetinaNet has no ReLU between P6 and P7, the model has one and would "
                 'run with other features than it was trained with; set MODEL.BACKBONE.NAME "build_extra_fpn_backbone"'
             )
         try:
