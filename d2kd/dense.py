@@ -9,7 +9,7 @@ import copy
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Dict, Iterator, List, NamedTuple, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from detectron2.modeling.box_regression import Box2BoxTransform
@@ -173,6 +173,19 @@ class DenseOutputs:
         return torch.cat(self.dense_predictions[1], dim=1).float()
 
     @cached_property
+    def centerness(self) -> Optional[Tensor]:
+        """Centerness logits, (N, R), float32; None where the head predicts none."""
+        if len(self.predictions) < 3:
+            return None
+        return torch.cat(self.dense_predictions[2], dim=1).squeeze(-1).float()
+
+    @property
+    def num_bins(self) -> Optional[int]:
+        """Bins of each side's distribution; None where boxes are predicted directly."""
+        reg_max = getattr(self.detector.box2box_transform, "reg_max", None)
+        return None if reg_max is None else reg_max + 1
+
+    @cached_property
     def boxes(self) -> Tensor:
         """Decoded boxes, (N, R, 4) XYXY in pixels, neither clipped nor filtered."""
         predictions = self.box_predictions
@@ -247,6 +260,7 @@ class Targets:
             shape (its height and width rounded up to the backbone's size divisibility), otherwise 1.
         num_pos: sum over images of max(#positive anchors of weight 1, 1), averaged over workers; () float32. The
             loss normaliser N+ of the methods: with it the mean over workers equals one worker with all images.
+        positive: (N, R) bool; anchors of weight 1 that are labelled with a class.
     """
 
     instances: List[Instances]
@@ -254,6 +268,7 @@ class Targets:
     boxes: Tensor
     weights: Tensor
     num_pos: Tensor
+    positive: Tensor
 
 
 def make_targets(
@@ -264,7 +279,7 @@ def make_targets(
     weights = anchors_inside(student, images) & (stacked >= 0)
     positive = weights & (stacked < student.detector.num_classes)
     num_pos = positive.sum(1).clamp(min=1).sum().float()
-    return Targets(instances, stacked, torch.stack(boxes), weights.float(), mean_over_workers(num_pos))
+    return Targets(instances, stacked, torch.stack(boxes), weights.float(), mean_over_workers(num_pos), positive)
 
 
 def anchors_inside(outputs: DenseOutputs, images: ImageList) -> Tensor:

@@ -68,3 +68,20 @@ def kl_divergence_loss(logits: Tensor, teacher_logits: Tensor, temperature: floa
     log_probs = F.log_softmax(logits.float() / temperature, dim=-1)
     teacher = F.log_softmax(teacher_logits.detach().float() / temperature, dim=-1)
     return F.kl_div(log_probs, teacher, reduction="none", log_target=True).sum(-1) * temperature**2
+
+
+def iou_log_loss(boxes: Tensor, target: Tensor, eps: float = 1e-6) -> Tensor:
+    """Negative logarithm of the IoU (UnitBox, arXiv 1608.01471), between 0 (equal) and -log(eps) (disjoint).
+
+    Args:
+        boxes: (..., 4) XYXY.
+        target: (..., 4) XYXY.
+        eps: least area that is divided by, in squared pixels, and least IoU.
+
+    Returns:
+        (...) loss of each pair; disjoint boxes have no gradient.
+    """
+    boxes, target = boxes.float(), target.float()
+    overlap = _extent(torch.maximum(boxes[..., :2], target[..., :2]), torch.minimum(boxes[..., 2:], target[..., 2:]))
+    union = (_area(boxes) + _area(target) - overlap).clamp(min=eps)
+    return -(overlap / union).clamp(min=eps).log()

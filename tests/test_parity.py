@@ -19,7 +19,7 @@ from goldens import BLOCKS, GOLDENS, Case, Golden, Maps, cases, close, covered_c
 from torch import Tensor
 
 from d2kd.dense import DenseOutputs, anchors_inside, decode_boxes, make_targets, run_dense
-from d2kd.losses import giou_loss, kd_quality_focal_loss
+from d2kd.losses import giou_loss, iou_log_loss, kd_quality_focal_loss, kl_divergence_loss
 from d2kd.methods import PKD
 from d2kd.methods.crosskd import align_scale
 
@@ -179,15 +179,41 @@ def test_kd_quality_focal_loss(path: Path) -> None:
             close(grad, golden[f"{name}.grad"], GRADIENT, f"{name}.grad")
 
 
-@block("blocks_losses_iou")
-def test_giou_loss(path: Path) -> None:
+@block("blocks_losses_cls")
+def test_kl_divergence_loss(path: Path) -> None:
+    """Names are kl_<class reduction>_T<temperature>_w<weight>; w025 is 0.25."""
     golden = Golden(path)
-    for weight in (1.0, 2.0):
+    names = {key.split(".")[0] for key in golden.arrays if key.startswith("kl_")}
+    assert names
+    for name in sorted(names):
+        _, reduction, temperature, digits = name.split("_")
+        weight = float(f"0.{digits[2:]}" if digits[1] == "0" else digits[1:])
+        pred = golden["kl.pred"].clone().requires_grad_()
+        target = golden["kl.soft_label"]
+        none = kl_divergence_loss(pred, target, float(temperature[1:]))
+        none = none / pred.shape[1] if reduction == "mean" else none
+        weighted = weight * none * golden["kl.weight"]
+        results = {"none": weighted, "avg": weighted.sum() / golden["kl.avg_factor"], "mean": weighted.mean()}
+        for key, ours in results.items():
+            if f"{name}.{key}" in golden:
+                close(ours, golden[f"{name}.{key}"], LOSS, f"{name}.{key}")
+                (grad,) = torch.autograd.grad(ours.sum(), pred, retain_graph=True)
+                close(grad, golden[f"{name}.{key}.grad"], GRADIENT, f"{name}.{key}.grad")
+
+
+@block("blocks_losses_iou")
+def test_box_losses(path: Path) -> None:
+    golden = Golden(path)
+    for prefix, loss, weight in (
+        ("giou_w1", giou_loss, 1),
+        ("giou_w2", giou_loss, 2),
+        ("iou_log_w075", iou_log_loss, 0.75),
+    ):
         pred = golden["pred"].clone().requires_grad_()
-        weighted = weight * giou_loss(pred, golden["target"]) * golden["weight"]
+        weighted = weight * loss(pred, golden["target"]) * golden["weight"]
         results = {"none": weighted, "avg": weighted.sum() / golden["avg_factor"], "mean": weighted.mean()}
         for reduction, ours in results.items():
-            name = f"giou_w{weight:.0f}.{reduction}"
+            name = f"{prefix}.{reduction}"
             close(ours, golden[name], LOSS, name)
             (grad,) = torch.autograd.grad(ours.sum(), pred, retain_graph=True)
             close(grad, golden[f"{name}.grad"], GRADIENT, f"{name}.grad")
