@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any, Callable, Dict, List
 
+import d2kd  # noqa: F401  # isort: skip  # first: it filters warnings that importing detectron2 gives
 import torch
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
@@ -34,8 +35,9 @@ class Benchmark:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        cfg = load_config(args.config_file, args.opts)
-        names = args.methods or list(cfg.MODEL.DISTILL.METHODS)
+        chosen = ["MODEL.DISTILL.METHODS", tuple(args.methods)] if args.methods else []
+        cfg = load_config(args.config_file, [*chosen, *args.opts])
+        names = cfg.MODEL.DISTILL.METHODS
         options = ["MODEL.DEVICE", args.device, "MODEL.WEIGHTS", ""]
         teacher_cfg = load_config(cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE, [*cfg.MODEL.DISTILL.TEACHER.OPTS, *options])
         cfg.merge_from_list([*options, "MODEL.DISTILL.METHODS", ()])
