@@ -2,11 +2,12 @@
 #   PYTHON=python3.11   interpreter that makes the environment
 #   VENV=.venv          its folder; VENV=system uses the packages that PYTHON has already
 #   DETECTRON2=official install detectron2 from its own repository instead of the package registry
-#   demo: DATA=blood_cells|bccd BCCD=<folder> SEEDS=1 ITERATIONS=200 OUTPUT=<folder>
+#   demo: DATA=blood_cells|bccd BCCD=<folder> DETECTOR=retinanet|gfl|atss|fcos SEEDS=1 ITERATIONS=200 OUTPUT=<folder>
 PYTHON ?= python3
 VENV ?= .venv
 DETECTRON2 ?= registry
 DATA ?= blood_cells
+DETECTOR ?= retinanet
 SEEDS ?= 1
 ITERATIONS ?= 200
 RUN = $(if $(filter system,$(VENV)),$(PYTHON),$(VENV)/bin/python)
@@ -17,7 +18,7 @@ setup:
 	@PYTHON="$(PYTHON)" VENV="$(VENV)" DETECTRON2="$(DETECTRON2)" bash scripts/setup.sh
 
 demo: setup
-	@$(RUN) tools/demo.py --data "$(DATA)" --bccd "$(BCCD)" --seeds $(SEEDS) --iterations $(ITERATIONS) \
+	@$(RUN) tools/demo.py --data "$(DATA)" --bccd "$(BCCD)" --detector "$(DETECTOR)" --seeds $(SEEDS) --iterations $(ITERATIONS) \
 	  $(if $(OUTPUT),--output "$(OUTPUT)") $(DEMO_OPTIONS)
 
 test: setup

@@ -11,6 +11,7 @@ from detectron2.config import CfgNode, get_cfg
 
 from .errors import D2kdError, nearest
 from .methods import method_defaults, method_names
+from .modeling import add_detector_config
 
 
 def add_distill_config(cfg: CfgNode) -> None:
@@ -31,6 +32,7 @@ def add_distill_config(cfg: CfgNode) -> None:
     cfg.MODEL.RESNETS.BLOCKS = ()
     cfg.MODEL.FPN.EXTRA = CfgNode({"IN_FEATURE": "p5", "NUM_LEVELS": 2, "RELU": False})
 
+    add_detector_config(cfg)
     cfg.SOLVER.OPTIMIZER = "SGD"  # or AdamW
 
 
@@ -96,6 +98,12 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
         teacher.CONFIG_FILE = find_config(teacher.CONFIG_FILE, relative_to=path)
     _check_methods(cfg)
     return cfg
+
+
+def detector_node(cfg: CfgNode) -> Optional[str]:
+    """Name of the node under MODEL that configures the detector: RETINANET, GFL, ...; None for one unknown here."""
+    name = str(cfg.MODEL.META_ARCHITECTURE).removeprefix("Distill").upper()
+    return name if "NUM_CLASSES" in cfg.MODEL.get(name, {}) else None
 
 
 def _check_methods(cfg: CfgNode) -> None:

@@ -21,6 +21,7 @@ from .config import find_config, load_config
 from .dense import Cut, DenseOutputs, Features, level_strides, make_targets, mean_over_workers, preprocess, run_dense
 from .errors import D2kdError
 from .methods import Method, build_method, method_defaults
+from .modeling import ATSS, FCOS, GFL
 
 
 class Teacher:
@@ -234,17 +235,22 @@ def check_levels(student: DenseDetector, teacher: DenseDetector) -> None:
     if own != theirs:
         raise D2kdError(
             f"the student's head reads levels of strides {own} and the teacher's {theirs}; distillation compares "
-            "level by level, so choose the same (MODEL.RETINANET.IN_FEATURES)"
+            "level by level, so choose the same (IN_FEATURES)"
         )
 
 
 def check_heads(student: DenseDetector, teacher: DenseDetector) -> None:
-    """Raises D2kdError unless both heads have the same classes and anchors, as comparing predictions needs."""
+    """Raises D2kdError unless both heads have the same classes and anchors, as comparing predictions needs.
+
+    Anchors of detectors with one per place (GFL, ATSS, FCOS) may differ: each detector decodes its own.
+    """
     if student.num_classes != teacher.num_classes:
         raise D2kdError(
             f"the student has {student.num_classes} classes and the teacher {teacher.num_classes}; train the teacher "
-            "on the student's classes (MODEL.RETINANET.NUM_CLASSES), or use methods that read features only"
+            "on the student's classes (NUM_CLASSES), or use methods that read features only"
         )
+    if {*student.anchor_generator.num_anchors, *teacher.anchor_generator.num_anchors} == {1}:
+        return
     own, theirs = _sample_anchors(student), _sample_anchors(teacher)
     if own.shape != theirs.shape or not torch.allclose(own, theirs, atol=1e-2):
         raise D2kdError(
@@ -280,3 +286,18 @@ def check_sizes(student: DenseOutputs, teacher: DenseOutputs) -> None:
 @META_ARCH_REGISTRY.register()
 class DistillRetinaNet(DistillMetaArch, RetinaNet):
     """detectron2's RetinaNet as a student."""
+
+
+@META_ARCH_REGISTRY.register()
+class DistillGFL(DistillMetaArch, GFL):
+    """GFL as a student."""
+
+
+@META_ARCH_REGISTRY.register()
+class DistillATSS(DistillMetaArch, ATSS):
+    """ATSS as a student."""
+
+
+@META_ARCH_REGISTRY.register()
+class DistillFCOS(DistillMetaArch, FCOS):
+    """FCOS as a student."""

@@ -85,3 +85,42 @@ def iou_log_loss(boxes: Tensor, target: Tensor, eps: float = 1e-6) -> Tensor:
     overlap = _extent(torch.maximum(boxes[..., :2], target[..., :2]), torch.minimum(boxes[..., 2:], target[..., 2:]))
     union = (_area(boxes) + _area(target) - overlap).clamp(min=eps)
     return -(overlap / union).clamp(min=eps).log()
+
+
+def quality_focal_loss(logits: Tensor, labels: Tensor, scores: Tensor, beta: float = 2.0) -> Tensor:
+    """Quality focal loss (GFL, arXiv 2006.04388, equation 1): the label's class should score as its box overlaps.
+
+    ``BCE(x, y) * |sigmoid(x) - y|^beta`` with y = score for the label's class and 0 for the others; the gradient
+    flows through both factors.
+
+    Args:
+        logits: x, (M, K).
+        labels: (M,), 0..K-1 a class, K background.
+        scores: IoU of each prediction with its ground truth, (M,), 0 to 1; of no meaning for background.
+        beta: focusing exponent, >= 0.
+
+    Returns:
+        (M,), summed over the classes.
+    """
+    logits = logits.float()
+    one_hot = F.one_hot(labels, logits.shape[1] + 1)[:, :-1]
+    target = one_hot * scores.detach().float()[:, None]
+    bce = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    return (bce * (logits.sigmoid() - target).abs().pow(beta)).sum(1)
+
+
+def distribution_focal_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """Distribution focal loss (GFL, arXiv 2006.04388, equation 6): the two bins around the target gain probability.
+
+    Args:
+        logits: (M, B), over distances 0 to B-1.
+        target: distances (M,), at least 0 and less than B-1.
+
+    Returns:
+        (M,), the cross entropies of both bins, weighted by how near the target is to each.
+    """
+    log_probs = F.log_softmax(logits.float(), dim=1)
+    low = target.detach().long()
+    share = target.detach().float() - low
+    both = torch.stack([low, low + 1], dim=1)
+    return -(log_probs.gather(1, both) * torch.stack([1 - share, share], dim=1)).sum(1)

@@ -6,6 +6,8 @@ from typing import Any, Dict, List, Mapping, Sequence, Tuple
 
 import matplotlib
 
+from .methods import method_names
+
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
@@ -40,7 +42,7 @@ def draw_curves(runs: Mapping[str, Path], file: Path) -> None:
     figure, (losses, aps) = plt.subplots(1, 2, figsize=(11, 4))
     for colour, (label, folder) in zip(COLOURS * len(runs), runs.items()):
         records = read_metrics(folder)
-        own = [(r["iteration"], r["loss_cls"] + r["loss_box_reg"]) for r in records if "loss_cls" in r]
+        own = [(r["iteration"], detection_loss(r)) for r in records if "total_loss" in r]
         ap = [(r["iteration"] + 1, r["bbox/AP"]) for r in records if "bbox/AP" in r]
         losses.plot(*zip(*own), color=colour, label=label)
         aps.plot(*zip(*ap), "o-", color=colour, label=label)
@@ -50,6 +52,12 @@ def draw_curves(runs: Mapping[str, Path], file: Path) -> None:
     figure.tight_layout()
     figure.savefig(file, dpi=110)
     plt.close(figure)
+
+
+def detection_loss(record: Mapping[str, Any]) -> float:
+    """The detector's own losses in a record, added up; those of methods are left out."""
+    methods = tuple(f"loss_{name.lower()}_" for name in method_names())
+    return sum(value for key, value in record.items() if key.startswith("loss_") and not key.startswith(methods))
 
 
 def draw_grid(

@@ -3,7 +3,7 @@
 import json
 import os
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Type
 
 import numpy as np
 import torch
@@ -13,13 +13,15 @@ from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.modeling.backbone import FPN
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.matcher import Matcher
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
 from d2kd.checkpoint import convert_mmdet
-from d2kd.distill import DistillRetinaNet, Teacher
+from d2kd.distill import DistillATSS, DistillFCOS, DistillGFL, DistillMetaArch, DistillRetinaNet, Teacher
 from d2kd.methods import PKD, CrossKD
+from d2kd.modeling import ATSS, FCOS, GFL, ATSSHead, FCOSHead, GFLHead
 from d2kd.modeling.backbone import BLOCKS_OF_DEPTH, ExtraLevels, make_resnet
 
 GOLDENS = Path(os.environ["D2KD_GOLDENS"])
@@ -27,6 +29,8 @@ LEVELS = ("p3", "p4", "p5", "p6", "p7")
 INPUTS = ("_inputs", "_student", "_teacher")
 BLOCKS = ("blocks_anchors", "blocks_assign", "blocks_coders", "blocks_losses_cls", "blocks_losses_iou")
 BLOCKS += ("blocks_pkd_align",)
+# Compared in test_gfl_atss.py, test_fcos.py and test_ld.py.
+ELSEWHERE = ("blocks_post_gfl", "blocks_post_atss", "blocks_post_fcos", "ld_mmdet3_", "ld_repo_c", "ld_repo_regions")
 
 
 def all_cases() -> List[Path]:
@@ -40,8 +44,14 @@ def cases(prefix: str) -> List[Path]:
 
 
 def covered_cases() -> List[Path]:
-    """What test_parity.py runs."""
-    return [*cases("head_retinanet_"), *cases("full_retinanet_"), *(c for b in BLOCKS for c in cases(b))]
+    """What the tests run."""
+    blocks = [c for b in (*BLOCKS, *ELSEWHERE) for c in cases(b) if not c.stem.endswith("_imitation")]
+    return [*detector_cases(), *blocks]
+
+
+def detector_cases() -> List[Path]:
+    """The cases of whole heads and whole detectors."""
+    return [path for form in ("head", "full") for kind in KINDS for path in cases(f"{form}_{kind}_")]
 
 
 def uncovered_cases() -> Dict[str, List[str]]:
@@ -109,11 +119,13 @@ def make_fpn(config: Dict[str, Any]) -> FPN:
         bottleneck=depth >= 50,
         norm="BN",
         freeze_at=backbone["frozen_stages"] + 1,
+        stride_in_1x1=backbone["style"] == "caffe",
     )
     in_feature = {"on_input": "res5", "on_output": "p5"}[neck["add_extra_convs"]]
     out = neck["out_channels"]
     in_channels = bottom_up.output_shape()["res5"].channels if in_feature == "res5" else out
-    extra = ExtraLevels(in_channels, out, in_feature, neck["num_outs"] - 3)
+    relu = neck.get("relu_before_extra_convs", False)
+    extra = ExtraLevels(in_channels, out, in_feature, neck["num_outs"] - 3, relu)
     return FPN(bottom_up, ["res3", "res4", "res5"], out, top_block=extra)
 
 
@@ -149,8 +161,70 @@ def retinanet_args(config: Dict[str, Any], backbone: Backbone) -> Dict[str, Any]
         "test_nms_thresh": test["nms"]["iou_threshold"],
         "pixel_mean": data["mean"],
         "pixel_std": data["std"],
-        "input_format": "RGB",
+        "input_format": input_format(config),
     }
+
+
+def dense_args(config: Dict[str, Any], backbone: Backbone) -> Dict[str, Any]:
+    """Arguments that GFL, ATSS and FCOS have in common, from an mmdet config, with a head of the right class."""
+    head, test = config["bbox_head"], config["test_cfg"]
+    data = config.get("data_preprocessor", {"mean": [0.0] * 3, "std": [1.0] * 3})
+    groups = head["norm_cfg"]["num_groups"]
+    options = {
+        "GFLHead": {"reg_max": head.get("reg_max")},
+        "FCOSHead": {"box_scales": True, "box_exp": True, "ctrness_on_cls": CTRNESS_ON_CLS, "tower_bias": False},
+    }
+    head_class = {"GFLHead": GFLHead, "ATSSHead": ATSSHead, "FCOSHead": FCOSHead}[head["type"]]
+    return {
+        "backbone": backbone,
+        "head": head_class(
+            input_shape=[ShapeSpec(channels=head["in_channels"])] * len(LEVELS),
+            num_classes=head["num_classes"],
+            conv_dims=[head["feat_channels"]] * head["stacked_convs"],
+            norm=lambda channels: torch.nn.GroupNorm(groups, channels),
+            **options.get(head["type"], {}),
+        ),
+        "head_in_features": list(LEVELS),
+        "num_classes": head["num_classes"],
+        "test_score_thresh": test["score_thr"],
+        "test_nms_thresh": test["nms"]["iou_threshold"],
+        "pixel_mean": data["mean"],
+        "pixel_std": data["std"],
+        "input_format": input_format(config),
+    }
+
+
+def input_format(config: Dict[str, Any]) -> str:
+    """The channel order of an mmdet config's model."""
+    return "RGB" if config.get("data_preprocessor", {}).get("bgr_to_rgb", True) else "BGR"
+
+
+def fcos_args(config: Dict[str, Any], backbone: Backbone) -> Dict[str, Any]:
+    """The same with the published FCOS's options."""
+    published = {"box_exp": True, "center_sampling_radius": 0.0, "box_reg_loss_type": "iou_log"}
+    published |= {"loss_normalizer": "batch", "score_rule": "product", "clip_before_nms": True}
+    return {**dense_args(config, backbone), **published}
+
+
+class Kind(NamedTuple):
+    """How a detector is made, and the names of its losses in the goldens."""
+
+    plain: Type[DenseDetector]
+    distilled: Type[DistillMetaArch]
+    arguments: Callable[[Dict[str, Any], Backbone], Dict[str, Any]]
+    losses: Dict[str, str]
+    options: Dict[str, Any] = {}
+
+
+CTRNESS_ON_CLS = True  # as the reference's default has it
+FCOS_OPTIONS = {"box_loss": "iou_log", "normalizer": "centerness", "centerness_weight": 0.0, "mask_padding": False}
+FCOS_LOSSES = {"loss_fcos_cls": "loss_cls", "loss_fcos_loc": "loss_bbox", "loss_fcos_ctr": "loss_centerness"}
+KINDS = {
+    "retinanet": Kind(RetinaNet, DistillRetinaNet, retinanet_args, {}),
+    "gfl": Kind(GFL, DistillGFL, dense_args, {key: key for key in ("loss_cls", "loss_bbox", "loss_dfl")}),
+    "atss": Kind(ATSS, DistillATSS, dense_args, {key: key for key in ("loss_cls", "loss_bbox", "loss_centerness")}),
+    "fcos": Kind(FCOS, DistillFCOS, fcos_args, FCOS_LOSSES, FCOS_OPTIONS),
+}
 
 
 class Case:
@@ -159,6 +233,7 @@ class Case:
     def __init__(self, path: Path) -> None:
         self.golden = Golden(path)
         self.full = path.name.startswith("full_")
+        self.kind = KINDS[path.stem.split("_")[1]]
         stem = path.stem.split("_idx")[0]
         self.inputs = Golden(
             path.with_name(f"{stem.rsplit('_t', 1)[0]}_student.npz" if self.full else f"{stem}_inputs.npz")
@@ -174,11 +249,11 @@ class Case:
             backbones = [Maps(self.maps), Maps(self.inputs.levels("tea.fpn.{}"))]
             teacher_config = config
         self.state = self.inputs.group("student.")
-        teacher = RetinaNet(**retinanet_args(teacher_config, backbones[1]))
+        teacher = self.kind.plain(**self.kind.arguments(teacher_config, backbones[1]))
         fill(teacher, teacher_file.group("teacher."))
-        self.student = DistillRetinaNet(
-            **retinanet_args(config, backbones[0]),
-            teacher=Teacher(teacher, "RGB"),
+        self.student = self.kind.distilled(
+            **self.kind.arguments(config, backbones[0]),
+            teacher=Teacher(teacher, teacher.input_format),
             methods=self.methods(pre_activation=path.stem.endswith("_preact")),
         )
         fill(self.student, self.state)
@@ -197,6 +272,8 @@ class Case:
             box_weight=config["loss_reg_kd"]["loss_weight"],
             beta=config["loss_cls_kd"]["beta"],
             pre_activation=pre_activation,
+            **({"centerness_weight": config["loss_center_kd"]["loss_weight"]} if "loss_center_kd" in config else {}),
+            **self.kind.options,
         )
         feature = config.get("loss_feat_kd")
         return [crosskd, PKD(weight=feature["loss_weight"])] if feature else [crosskd]
@@ -206,10 +283,11 @@ class Case:
         return self.golden if key in self.golden else self.inputs
 
     def batch(self) -> List[Dict[str, Any]]:
-        """The batch as a dataset mapper would give it, in RGB."""
+        """The batch as a dataset mapper would give it, in the student's channel order."""
         batch = []
         for i, size in enumerate(self.inputs["img_shapes"].tolist()):
-            image = self.inputs[f"image.{i}"].flip(0) if self.full else torch.zeros(3, *size)
+            image = self.inputs[f"image.{i}"] if self.full else torch.zeros(3, *size)
+            image = image.flip(0) if self.student.input_format == "RGB" else image
             target = Instances(tuple(size))
             target.gt_boxes = Boxes(self.find(f"gt.{i}.boxes")[f"gt.{i}.boxes"].reshape(-1, 4))
             target.gt_classes = self.find(f"gt.{i}.labels")[f"gt.{i}.labels"].long()
@@ -217,9 +295,17 @@ class Case:
         return batch
 
     def targets(self, name: str) -> Tensor:
-        """The reference's targets of all anchors, in the reference's order: (N, R) or (N, R, 4)."""
-        source = self.find("target.labels.p3")
-        return torch.cat(source.levels(f"target.{name}.{{}}"), dim=1)
+        """The reference's targets of all anchors in our order: (N, R) or (N, R, 4)."""
+        images = len(self.inputs["img_shapes"])
+        levels = self.find("target.labels.p3").levels(f"target.{name}.{{}}")
+        return self.order(
+            [level.reshape(images, -1, *level.shape[level.dim() - (name == "bbox_targets") :]) for level in levels]
+        )
+
+    def order(self, per_level: List[Tensor]) -> Tensor:
+        """All levels in one, (N, R, ...), RetinaNet's anchors in detectron2's order."""
+        reorder = slot_order if self.kind.plain is RetinaNet else lambda level: level
+        return torch.cat([reorder(level) for level in per_level], dim=1)
 
     def gradients(self, prefix: str) -> Dict[str, Tensor]:
         """Golden gradients of parameters under detectron2's names; NaN where the file has none."""
@@ -231,8 +317,12 @@ class Case:
         names = list(self.state)
         marked = convert_mmdet({k: torch.full_like(v.float(), i) for i, (k, v) in enumerate(self.state.items())})
         norms = self.golden.group("gradnorm.")
-        found = {key: norms.get(names[int(value.flatten()[0])]) for key, value in marked.items()}
-        return {key: float(norm) for key, norm in found.items() if norm is not None}
+        found = {}
+        for key, value in marked.items():  # the levels' scales have become one parameter
+            parts = [norms.get(names[int(i)]) for i in value.unique()]
+            if all(part is not None for part in parts):
+                found[key] = float(torch.stack(parts).norm())
+        return found
 
 
 def fill(model: torch.nn.Module, state: Dict[str, Tensor]) -> None:

@@ -18,9 +18,11 @@ from torch import Tensor, nn
 
 from d2kd.checkpoint import StrictCheckpointer, convert_mmdet, files, is_mmdet, load_strict, register_torchvision
 from d2kd.checkpoint.convert import main
+from d2kd.config import load_config
 from d2kd.errors import D2kdError
 from d2kd.modeling import ExtraLevels
 
+CONFIGS = Path(__file__).parent.parent / "configs"
 KEYS = json.loads((Path(__file__).parent / "goldens/crosskd/mmdet_state_dict_keys.json").read_text())
 RESNET18 = "resnet18-f37072fd.pth"
 
@@ -94,11 +96,15 @@ def test_every_retinanet_key_has_its_place(depth: int) -> None:
     assert {k: v.shape for k, v in converted.items()} == {k: v.shape for k, v in expected.items()}
 
 
-@pytest.mark.parametrize(
-    ("entry", "name"), [("gfl_r50", "GFL"), ("gfl_r18", "GFL"), ("atss_r50", "ATSS"), ("fcos_r50", "FCOS")]
-)
-def test_other_detectors_are_refused_by_name(entry: str, name: str) -> None:
-    assert f"makes this a {name}, not supported yet" in message(lambda: convert_mmdet(stored(KEYS[entry])))
+@pytest.mark.parametrize("entry", ["gfl_r50", "gfl_r18", "atss_r50", "fcos_r50"])
+def test_every_key_of_the_other_detectors_has_its_place(entry: str) -> None:
+    detector, depth = entry.split("_r")
+    opts = ["MODEL.DEVICE", "cpu", "MODEL.RESNETS.DEPTH", depth, "MODEL.META_ARCHITECTURE", detector.upper()]
+    cfg = load_config(str(CONFIGS / "Base-dense.yaml"), opts)
+    cfg.merge_from_list(["MODEL.FCOS.BOX_SCALES", True, "MODEL.FCOS.TOWER_BIAS", False])
+    converted = convert_mmdet(stored(KEYS[entry]))
+    expected = build_model(cfg).state_dict()
+    assert {k: v.shape for k, v in converted.items()} == {k: v.shape for k, v in expected.items()}
 
 
 def head(channels: Tensor, boxes: Tensor) -> Dict[str, Tensor]:
@@ -166,7 +172,7 @@ def test_unknown_keys_are_listed() -> None:
     assert "fc5" not in text
     deep_stem = {"backbone.layer1.0.downsample.2.weight": torch.zeros(1)}
     assert "downsample.2" in message(lambda: convert_mmdet({**shrink(), **deep_stem}))
-    assert "not mmdetection's RetinaNet" in message(
+    assert "none of mmdetection's RetinaNet, GFL, ATSS, FCOS" in message(
         lambda: convert_mmdet({"neck.lateral_convs.0.conv.bias": torch.zeros(1)})
     )
     assert "meta is a dict" in message(lambda: convert_mmdet({"meta": {}}))

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Trains a teacher, a plain student and a CrossKD student on small images, and compares them.
+"""Trains a teacher, a plain student and distilled students on small images, and compares them.
 
 Everything runs through train_net.py, as a user would. What is finished is not run again, and an interrupted run goes
 on from its last checkpoint: after Ctrl-C, type the same command.
@@ -24,7 +24,14 @@ from d2kd.errors import D2kdError
 from d2kd.pictures import draw_curves, draw_grid, read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
-LABELS = {"teacher": "teacher", "student": "student", "crosskd": "student + CrossKD", "longer": "student, same time"}
+LABELS = {
+    "teacher": "teacher",
+    "student": "student",
+    "crosskd": "student + CrossKD",
+    "ld": "student + LD",
+    "longer": "student, same time",
+}
+DISTILLED = {"retinanet": ("crosskd",), "gfl": ("crosskd", "ld"), "atss": ("crosskd",), "fcos": ("crosskd",)}
 
 DIGITS = {"s/step": 3, "training s": 0}
 
@@ -38,6 +45,13 @@ class Run:
     iterations: int
     output: Path
     data: str
+    detector: str
+
+    @property
+    def config(self) -> str:
+        """The config's path; RetinaNet's names do not mention it."""
+        prefix = "demo" if self.detector == "retinanet" else f"demo_{self.detector}"
+        return f"configs/{prefix}_{'student' if self.kind == 'longer' else self.kind}.yaml"
 
     @property
     def folder(self) -> Path:
@@ -56,7 +70,6 @@ class Run:
         return read_metrics(self.folder)
 
     def command(self) -> List[str]:
-        config = {"longer": "student"}.get(self.kind, self.kind)
         overrides = {
             "OUTPUT_DIR": self.folder,
             "SEED": self.seed,
@@ -65,9 +78,9 @@ class Run:
             "DATASETS.TRAIN": f"('{self.data}_train',)",
             "DATASETS.TEST": f"('{self.data}_val',)",
         }
-        if self.kind == "crosskd":
+        if self.kind in DISTILLED[self.detector]:
             overrides["MODEL.DISTILL.TEACHER.WEIGHTS"] = self.output / "teacher" / "model_final.pth"
-        command = [sys.executable, "train_net.py", "--config-file", f"configs/demo_{config}.yaml", "--resume"]
+        command = [sys.executable, "train_net.py", "--config-file", self.config, "--resume"]
         return command + [str(word) for pair in overrides.items() for word in pair]
 
     def start(self, position: str) -> None:
@@ -183,7 +196,8 @@ def report(runs: List[Run], output: Path, data: str) -> None:
     text = table(runs)
     print(f"\n{text}\n")
     (output / "table.md").write_text(text + "\n")
-    first = {LABELS[run.kind]: run for run in reversed(runs)}  # the first seed of each kind
+    kinds = {run.kind: run for run in reversed(runs)}
+    first = {LABELS[kind]: run for kind, run in kinds.items()}  # the first seed of each kind
     first = {label: first[label] for label in LABELS.values() if label in first}
     draw_curves({label: run.folder for label, run in first.items()}, output / "curves.png")
     folder = dataset_root() / data
@@ -192,20 +206,20 @@ def report(runs: List[Run], output: Path, data: str) -> None:
     draw_grid(folder / "instances_val.json", folder / "images", detections, output / "detections.png")
     for name in ("table.md", "curves.png", "detections.png"):
         print(f"wrote {output / name}")
-    checkpoint = first[LABELS["crosskd"]].folder / "model_final.pth"
-    print(f"the distilled student, a plain RetinaNet: {checkpoint}\n\nnext, your own data: docs/custom_data.md, or try")
-    evaluation = "python train_net.py --config-file configs/demo_student.yaml --eval-only"
+    checkpoint = kinds["crosskd"].folder / "model_final.pth"
+    print(f"the distilled student, a plain detector: {checkpoint}\n\nnext, your own data: docs/custom_data.md, or try")
+    evaluation = f"python train_net.py --config-file {kinds['student'].config} --eval-only"
     print(f"  {evaluation} DATASETS.TEST \"('{data}_val',)\" MODEL.WEIGHTS {checkpoint}")
 
 
 def run_all(args: argparse.Namespace) -> None:
     """Prepares the data, runs what is not done yet, and reports."""
-    output = Path(args.output or f"output/demo_{args.data}")
-    output = output.absolute()
+    suffix = "" if args.detector == "retinanet" else f"_{args.detector}"
+    output = Path(args.output or f"output/demo_{args.data}{suffix}").absolute()
     prepare_data(args.data, args.bccd)
-    settings = {"iterations": args.iterations, "output": output, "data": args.data}
+    settings = {"iterations": args.iterations, "output": output, "data": args.data, "detector": args.detector}
     runs = [Run("teacher", 1, **settings)]
-    for kind in ("student", "crosskd"):
+    for kind in ("student", *DISTILLED[args.detector]):
         runs += [Run(kind, seed, **settings) for seed in range(1, args.seeds + 1)]
     total = len(runs) + (args.seeds if args.same_time else 0)
     for position, run in enumerate(runs, 1):
@@ -224,7 +238,7 @@ def run_all(args: argparse.Namespace) -> None:
 def finish(run: Run, position: str) -> None:
     """Runs it unless it is done; refuses the remains of a run with other settings."""
     settings = run.folder / "settings.json"
-    wanted = {"iterations": run.iterations, "seed": run.seed, "data": run.data}
+    wanted = {"iterations": run.iterations, "seed": run.seed, "data": run.data, "detector": run.detector}
     if settings.exists() and run.kind != "longer" and json.loads(settings.read_text()) != wanted:
         raise D2kdError(
             f"{run.folder} holds a run with other settings ({settings.read_text()}); remove it, or use --output"
@@ -240,6 +254,7 @@ def finish(run: Run, position: str) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="blood_cells", choices=["blood_cells", "bccd"], help="default: drawn images")
+    parser.add_argument("--detector", default="retinanet", choices=list(DISTILLED), help="default: retinanet")
     parser.add_argument("--bccd", default="", help="folder of the BCCD data set, for --data bccd")
     parser.add_argument("--seeds", type=int, default=1, help="repeat the students with so many seeds (default 1)")
     parser.add_argument("--iterations", type=int, default=200, help="of every run (default 200)")

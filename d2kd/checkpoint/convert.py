@@ -1,4 +1,4 @@
-"""Command line: converts an mmdetection RetinaNet or a torchvision ResNet to a detectron2 checkpoint."""
+"""Command line: converts an mmdetection RetinaNet, GFL, ATSS or FCOS, or a torchvision ResNet, for detectron2."""
 
 import argparse
 import os
@@ -7,7 +7,8 @@ from typing import List, Optional
 
 from ..errors import D2kdError
 from . import files
-from .mmdet import convert_mmdet, is_mmdet
+from .mmdet import convert_mmdet, is_mmdet, mmdet_detector
+from .names import plain_state
 from .torchvision_weights import convert_torchvision
 
 _EXAMPLE = "example: python -m d2kd.checkpoint.convert retinanet_r50_fpn_1x_coco.pth teacher.pth"
@@ -16,18 +17,18 @@ _REMINDER = """Set in the config that loads it (mmdetection's 'pytorch' style an
   MODEL.PIXEL_MEAN [123.675, 116.28, 103.53]
   MODEL.PIXEL_STD [58.395, 57.12, 57.375]
   MODEL.RESNETS.STRIDE_IN_1X1 False"""
-_TOP = """Mind that mmdetection's RetinaNet has no ReLU between P6 and P7 (detectron2's LastLevelP6P7 has one), and
-makes P6 from C5 (add_extra_convs on_input) or P5 (on_output)."""
+_TOP = """  MODEL.BACKBONE.NAME "build_extra_fpn_backbone", MODEL.FPN.EXTRA.RELU {relu} (between P6 and P7), and
+  MODEL.FPN.EXTRA.IN_FEATURE res5 or p5, as mmdetection's add_extra_convs on_input or on_output"""
 
 
 def convert_file(source: str, target: str, num_ratios: int = 3, num_octaves: int = 3, force: bool = False) -> str:
     """Converts a file; its kind is recognised by its keys.
 
     Args:
-        source: an mmdetection RetinaNet or a torchvision ResNet.
+        source: an mmdetection detector or a torchvision ResNet.
         target: the file to write.
-        num_ratios: mmdetection only: aspect ratios per place.
-        num_octaves: mmdetection only: sizes per place.
+        num_ratios: mmdetection's RetinaNet only: aspect ratios per place.
+        num_octaves: mmdetection's RetinaNet only: sizes per place.
         force: overwrite the target.
 
     Returns:
@@ -50,17 +51,19 @@ def convert_file(source: str, target: str, num_ratios: int = 3, num_octaves: int
         raise D2kdError(f"{target} cannot be written ({error.strerror}); choose another place") from error
     if not mmdet:
         return f"torchvision ResNet: {len(state)} tensors mapped.\n{_REMINDER}"
-    classes = len(state["head.cls_score.weight"]) // (num_ratios * num_octaves)
-    return f"mmdetection RetinaNet: {len(state)} tensors mapped, {classes} classes.\n{_REMINDER}\n{_TOP}"
+    detector = mmdet_detector(plain_state(loaded))
+    classes = len(state["head.cls_score.weight"]) // (num_ratios * num_octaves if detector == "RetinaNet" else 1)
+    top = _TOP.format(relu=detector == "FCOS")
+    return f"mmdetection {detector}: {len(state)} tensors mapped, {classes} classes.\n{_REMINDER}\n{top}"
 
 
 def main(argv: Optional[List[str]] = None) -> int:
     """Runs the command line; returns the exit status: 0, or 2 after a user's mistake."""
     parser = argparse.ArgumentParser(prog="python -m d2kd.checkpoint.convert", description=__doc__, epilog=_EXAMPLE)
-    parser.add_argument("source", metavar="IN", help="mmdetection RetinaNet or torchvision ResNet (.pth)")
+    parser.add_argument("source", metavar="IN", help="mmdetection detector or torchvision ResNet (.pth)")
     parser.add_argument("target", metavar="OUT", help="detectron2 checkpoint to write (.pth)")
-    parser.add_argument("--ratios", type=int, default=3, help="aspect ratios of the anchors (mmdetection; default 3)")
-    parser.add_argument("--octaves", type=int, default=3, help="anchor sizes per level (mmdetection; default 3)")
+    parser.add_argument("--ratios", type=int, default=3, help="aspect ratios of mmdetection's RetinaNet (default 3)")
+    parser.add_argument("--octaves", type=int, default=3, help="its anchor sizes per level (default 3)")
     parser.add_argument("--force", action="store_true", help="overwrite OUT")
     args = parser.parse_args(argv)
     try:

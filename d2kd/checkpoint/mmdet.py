@@ -1,22 +1,28 @@
 """mmdetection's detectors under detectron2's names.
 
-What names cannot carry over: mmdetection's RetinaNet has no ReLU between P6 and P7, detectron2's ``LastLevelP6P7`` has
-one; and P6 is made from C5 or from P5 (the number of input channels of ``backbone.top_block.p6`` tells).
+What names cannot carry over: of mmdetection's detectors only FCOS has a ReLU between P6 and P7, detectron2's
+``LastLevelP6P7`` always has one; and P6 is made from C5 or from P5 (the number of input channels of
+``backbone.top_block.p6`` tells).
 """
 
 import re
 from typing import Any, Dict, Mapping, NamedTuple, Optional
 
+import torch
 from torch import Tensor
 
 from ..errors import D2kdError
 from .names import plain_state, resnet_name, some
 
-# detector -> its predictors; a detector is known by the first one. To support another, move its entry here.
+# detector -> its predictors; a detector is known by the first one.
 _PREDICTORS: Dict[str, Dict[str, str]] = {
     "RetinaNet": {"retina_cls": "cls_score", "retina_reg": "bbox_pred"},
+    "GFL": {"gfl_cls": "cls_score", "gfl_reg": "bbox_pred"},
+    "ATSS": {"atss_cls": "cls_score", "atss_reg": "bbox_pred", "atss_centerness": "ctrness"},
+    "FCOS": {"conv_cls": "cls_score", "conv_reg": "bbox_pred", "conv_centerness": "ctrness"},
 }
-_UNSUPPORTED = {"GFL": "gfl_cls", "ATSS": "atss_cls", "FCOS": "conv_cls"}
+_SCALE = re.compile(r"bbox_head\.scales\.(\d+)\.scale")
+_DERIVED = "bbox_head.integral.project"  # the numbers 0 to reg_max
 _TOWERS = {"cls_convs": "cls_subnet", "reg_convs": "bbox_subnet"}
 _FIRST_LEVEL = 3
 
@@ -42,10 +48,11 @@ def is_mmdet(state: Mapping[str, Any]) -> bool:
 
 
 def convert_mmdet(state: Mapping[str, Any], num_ratios: int = 3, num_octaves: int = 3) -> Dict[str, Tensor]:
-    """Renames an mmdetection RetinaNet to detectron2's and puts its anchors into detectron2's order.
+    """Renames an mmdetection RetinaNet, GFL, ATSS or FCOS to detectron2's and d2kd's names.
 
-    mmdetection's anchor slot is ``ratio * num_octaves + octave``, detectron2's ``octave * num_ratios + ratio``. The
-    first lateral convolution is taken for P3 (``start_level=1``), however many there are.
+    RetinaNet's anchors are put into detectron2's order: mmdetection's anchor slot is ``ratio * num_octaves + octave``,
+    detectron2's ``octave * num_ratios + ratio``. The first lateral convolution is taken for P3 (``start_level=1``),
+    however many there are. The scales of the levels become one parameter.
 
     Args:
         state: the state dict, or the file's content ``{"state_dict": ...}``.
@@ -59,32 +66,43 @@ def convert_mmdet(state: Mapping[str, Any], num_ratios: int = 3, num_octaves: in
         D2kdError: another detector, keys without a counterpart, or another number of anchors.
     """
     plain = plain_state(state)
+    plain.pop(_DERIVED, None)
+    scales = {int(match[1]): plain.pop(name) for name in list(plain) if (match := _SCALE.fullmatch(name))}
     layout = _layout(plain)
     names = {name: _detectron2_name(name, layout) for name in plain}
     if unknown := [name for name, new in names.items() if new is None]:
-        raise D2kdError(f"detectron2's RetinaNet has no counterpart of {some(unknown)}; convert a plain RetinaNet")
-    predictors = tuple(f"bbox_head.{predictor}." for predictor in layout.predictors)
-    return {
-        new: _reorder(name, plain[name], num_ratios, num_octaves) if name.startswith(predictors) else plain[name]
+        raise D2kdError(f"detectron2's detectors have no counterpart of {some(unknown)}; convert a plain detector")
+    converted = {
+        new: _reorder(name, plain[name], num_ratios, num_octaves)
+        if name.startswith("bbox_head.retina_")
+        else plain[name]
         for name, new in names.items()
         if new is not None
     }
+    if scales:
+        converted["head.scales"] = torch.stack([scales[level] for level in sorted(scales)])
+    return converted
 
 
 def _layout(state: Mapping[str, Tensor]) -> _Layout:
     laterals = {match[1] for match in map(re.compile(r"neck\.lateral_convs\.(\d+)\.").match, state) if match}
     has_norm = any(re.match(r"bbox_head\.(cls|reg)_convs\.\d+\.gn\.", name) for name in state)
-    return _Layout(_PREDICTORS[_detector(state)], len(laterals), 3 if has_norm else 2)
+    return _Layout(_PREDICTORS[mmdet_detector(state)], len(laterals), 3 if has_norm else 2)
 
 
-def _detector(state: Mapping[str, Tensor]) -> str:
+def mmdet_detector(state: Mapping[str, Any]) -> str:
+    """Returns which detector an mmdetection state dict is: RetinaNet, GFL, ATSS or FCOS.
+
+    Raises:
+        D2kdError: none of them.
+    """
     for detector, predictors in _PREDICTORS.items():
         if f"bbox_head.{next(iter(predictors))}.weight" in state:
             return detector
-    for detector, predictor in _UNSUPPORTED.items():
-        if f"bbox_head.{predictor}.weight" in state:
-            raise D2kdError(f"bbox_head.{predictor} makes this a {detector}, not supported yet; convert a RetinaNet")
-    raise D2kdError("bbox_head.retina_cls.weight is missing, so this is not mmdetection's RetinaNet; convert one")
+    raise D2kdError(
+        f"this is none of mmdetection's {', '.join(_PREDICTORS)}: there is no "
+        f"{' or '.join('bbox_head.' + next(iter(p)) for p in _PREDICTORS.values())}; convert one of these"
+    )
 
 
 def _detectron2_name(name: str, layout: _Layout) -> Optional[str]:

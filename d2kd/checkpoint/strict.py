@@ -12,8 +12,8 @@ from torch import nn
 
 from ..errors import D2kdError
 from . import files
-from .mmdet import convert_mmdet, is_mmdet
-from .names import some
+from .mmdet import convert_mmdet, is_mmdet, mmdet_detector
+from .names import plain_state, some
 
 _HARMLESS = re.compile(r"(.*\.)?(num_batches_tracked|pixel_mean|pixel_std)|distill\..*|(.*\.)?anchor_generator\..*")
 _MEND = "check that the model's config is the one the file was trained with"
@@ -90,16 +90,21 @@ class StrictCheckpointer(DetectionCheckpointer, _SafeFiles):
         return loaded
 
     def _convert(self, state: Dict[str, Any]) -> Dict[str, Any]:
-        extra = getattr(getattr(self.model, "backbone", None), "top_block", None)
-        if isinstance(extra, LastLevelP6P7) or getattr(extra, "relu", False):
-            raise D2kdError(
-                f"{self._filename}: mmdetection's RetinaNet has no ReLU between P6 and P7, the model has one and would "
-                'run with other features than it was trained with; set MODEL.BACKBONE.NAME "build_extra_fpn_backbone"'
-            )
+        self._check_p7(mmdet_detector(plain_state(state)))
         try:
             return convert_mmdet(state, *_anchor_grid(self.model))
         except D2kdError as error:
             raise D2kdError(f"{self._filename}: {error}") from error
+
+    def _check_p7(self, detector: str) -> None:
+        extra = getattr(getattr(self.model, "backbone", None), "top_block", None)
+        has_relu = isinstance(extra, LastLevelP6P7) or getattr(extra, "relu", False)
+        if extra is not None and has_relu != (detector == "FCOS"):
+            raise D2kdError(
+                f"{self._filename}: mmdetection's {detector} has {'no' if has_relu else 'a'} ReLU between P6 and P7, "
+                "unlike the model, which would run on features it was not trained with; set MODEL.BACKBONE.NAME "
+                f'"build_extra_fpn_backbone" and MODEL.FPN.EXTRA.RELU {not has_relu}'
+            )
 
     def _load_model(self, checkpoint: Dict[str, Any]) -> Any:
         names = [re.sub(r"^module\.", "", str(name)) for name in checkpoint["model"]]

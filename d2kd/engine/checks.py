@@ -11,12 +11,13 @@ from ..data import check_coco, read_coco
 from ..errors import D2kdError, nearest
 
 
-def check_datasets(names: Iterable[str], num_classes: int) -> None:
+def check_datasets(names: Iterable[str], num_classes: int, key: str) -> None:
     """Checks that data sets are registered, complete, and fit the number of classes.
 
     Args:
         names: as in DATASETS.TRAIN and DATASETS.TEST.
         num_classes: of the model.
+        key: where that stands in the config.
 
     Raises:
         D2kdError: names the data set and the mend.
@@ -34,7 +35,7 @@ def check_datasets(names: Iterable[str], num_classes: int) -> None:
         if categories != num_classes:
             raise D2kdError(
                 f"data set {name} has {categories} categories ({json_file}), but the model has {num_classes} classes; "
-                f"set MODEL.RETINANET.NUM_CLASSES {categories} (LazyConfig: model.num_classes={categories})"
+                f"set {key} to {categories}"
             )
 
 

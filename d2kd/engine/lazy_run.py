@@ -43,7 +43,7 @@ def prepare(args: argparse.Namespace) -> DictConfig:
         check_weights_file(cfg.train.init_checkpoint, "train.init_checkpoint")
     for loader in loaders:
         names = loader.dataset.names
-        check_datasets([names] if isinstance(names, str) else names, cfg.model.num_classes)
+        check_datasets([names] if isinstance(names, str) else names, cfg.model.num_classes, "model.num_classes")
     return cfg
 
 

@@ -7,7 +7,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 
 from ..checkpoint import load_strict
-from ..config import load_config
+from ..config import detector_node, load_config
 from ..errors import D2kdError
 from .checks import check_datasets, check_weights_file, usable_device
 from .trainer import Trainer
@@ -27,7 +27,9 @@ def prepare(args: argparse.Namespace) -> CfgNode:
     else:
         names = (*cfg.DATASETS.TRAIN, *names)
         check_weights_file(cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS")
-    check_datasets(names, cfg.MODEL.RETINANET.NUM_CLASSES)
+    node = detector_node(cfg)
+    if node is not None:
+        check_datasets(names, cfg.MODEL[node].NUM_CLASSES, f"MODEL.{node}.NUM_CLASSES")
     cfg.freeze()
     return cfg
 

@@ -2,6 +2,7 @@
 
 from .base import METHOD_REGISTRY, Method, build_method, method_defaults, method_names
 from .crosskd import CrossKD
+from .ld import LD
 from .pkd import PKD
 
-__all__ = ["METHOD_REGISTRY", "CrossKD", "Method", "PKD", "build_method", "method_defaults", "method_names"]
+__all__ = ["METHOD_REGISTRY", "CrossKD", "LD", "Method", "PKD", "build_method", "method_defaults", "method_names"]

@@ -1,5 +1,20 @@
 """What detectron2 lacks of dense detectors."""
 
+from .atss import ATSS, ATSSHead
 from .backbone import ExtraLevels, build_extra_fpn_backbone, make_resnet
+from .config import add_detector_config
+from .fcos import FCOS, FCOSHead
+from .gfl import GFL, GFLHead
 
-__all__ = ["ExtraLevels", "build_extra_fpn_backbone", "make_resnet"]
+__all__ = [
+    "ATSS",
+    "ATSSHead",
+    "FCOS",
+    "FCOSHead",
+    "GFL",
+    "GFLHead",
+    "ExtraLevels",
+    "add_detector_config",
+    "build_extra_fpn_backbone",
+    "make_resnet",
+]

@@ -1,0 +1,302 @@
+"""What GFL and ATSS share: one square anchor per place, labelled by ATSS, and inference with class scores first."""
+
+import inspect
+from typing import Any, ClassVar, Dict, List, NamedTuple, Optional, Sequence, Tuple, Type
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.layers import batched_nms
+from detectron2.modeling import Backbone, build_backbone
+from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
+from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
+from detectron2.structures import Boxes, ImageList, Instances
+from detectron2.utils.events import get_event_storage
+from torch import Tensor, nn
+
+from ..dense import level_strides, mean_over_workers
+from ..errors import D2kdError
+from .atss_assign import assign_atss, starts_in_image
+
+# The same for all detectors of a config: TEST.DETECTIONS_PER_IMAGE and INPUT.FORMAT.
+_SHARED_OPTIONS = ("max_detections_per_image", "input_format")
+
+
+class Positives(NamedTuple):
+    """The anchors of a batch that are labelled with a class, P of them.
+
+    Attributes:
+        mask: where they are, (N, R) bool.
+        anchors: (P, 4).
+        boxes: their ground truth, (P, 4) XYXY.
+        deltas: what the head predicts for them, (P, D) float32.
+        decoded: the same as boxes, (P, 4) XYXY, float32.
+        normalizer: sum over images of max(#positives, 1), averaged over workers; ().
+    """
+
+    mask: Tensor
+    anchors: Tensor
+    boxes: Tensor
+    deltas: Tensor
+    decoded: Tensor
+    normalizer: Tensor
+
+
+class AnchorPointDetector(DenseDetector):
+    """A dense detector with one square anchor per place, centred where the place's cell starts.
+
+    Anchors are labelled by ATSS (arXiv 1912.02424). Subclasses define ``losses`` with RetinaNet's arguments.
+
+    Args:
+        backbone: feature pyramid.
+        head: gives per level class logits, box predictions and maybe centerness logits.
+        box2box_transform: decodes the box predictions.
+        num_classes: number of classes K.
+        pixel_mean: subtracted from the image's channels.
+        pixel_std: they are divided by it.
+        head_in_features: names of the levels, high to low resolution; by default all of the backbone.
+        anchor_scale: width of an anchor in strides.
+        topk: candidates of a box per level, see :func:`assign_atss`.
+        test_score_thresh: least class score of a detection.
+        test_topk_candidates: candidates per level before NMS.
+        test_nms_thresh: IoU above which the lower of two detections of a class is dropped.
+        max_detections_per_image: detections kept after NMS.
+        input_format: channel order of the images, "BGR" or "RGB".
+    """
+
+    #: Name of the config node under MODEL, and the head's class that it configures.
+    config_node: ClassVar[str]
+    head_class: ClassVar[Type[RetinaNetHead]]
+
+    def __init__(
+        self,
+        *,
+        backbone: Backbone,
+        head: nn.Module,
+        box2box_transform: Any,
+        num_classes: int,
+        pixel_mean: Sequence[float],
+        pixel_std: Sequence[float],
+        head_in_features: Optional[Sequence[str]] = None,
+        anchor_scale: float = 8.0,
+        topk: int = 9,
+        test_score_thresh: float = 0.05,
+        test_topk_candidates: int = 1000,
+        test_nms_thresh: float = 0.6,
+        max_detections_per_image: int = 100,
+        input_format: str = "BGR",
+    ) -> None:
+        features = None if head_in_features is None else list(head_in_features)
+        super().__init__(backbone, head, features, pixel_mean=pixel_mean, pixel_std=pixel_std)
+        strides = level_strides(self)
+        self.anchor_generator = DefaultAnchorGenerator(
+            sizes=[[anchor_scale * stride] for stride in strides], aspect_ratios=[1.0], strides=strides, offset=0.0
+        )
+        self.box2box_transform = box2box_transform
+        self.num_classes = num_classes
+        self.topk = topk
+        self.test_score_thresh = test_score_thresh
+        self.test_topk_candidates = test_topk_candidates
+        self.test_nms_thresh = test_nms_thresh
+        self.max_detections_per_image = max_detections_per_image
+        self.input_format = input_format
+
+    @classmethod
+    def config_defaults(cls) -> Dict[str, Any]:
+        """The config node of this detector: keys and default values, from the signatures where they stand."""
+        return {
+            "NUM_CLASSES": 80,
+            "IN_FEATURES": ["p3", "p4", "p5", "p6", "p7"],
+            "NUM_CONVS": 4,
+            **{config_key(name): default for name, default in cls._head_options().items()},
+            **{config_key(name): default for name, default in cls._options().items()},
+        }
+
+    @classmethod
+    def _options(cls) -> Dict[str, Any]:
+        return keyword_defaults(cls, AnchorPointDetector)
+
+    @classmethod
+    def _head_options(cls) -> Dict[str, Any]:
+        return keyword_defaults(cls.head_class, RetinaNetHead)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> Dict[str, Any]:
+        node = cfg.MODEL[cls.config_node]
+        backbone = build_backbone(cfg)
+        shapes = backbone.output_shape()
+        input_shape = [shapes[name] for name in node.IN_FEATURES]
+        channels = input_shape[0].channels
+        if node.NORM == "GN" and channels % 32:
+            raise D2kdError(f"MODEL.{cls.config_node}.NORM GN needs MODEL.FPN.OUT_CHANNELS in 32s, not {channels}")
+        return {
+            "backbone": backbone,
+            "head": cls.head_class(
+                input_shape=input_shape,
+                num_classes=node.NUM_CLASSES,
+                conv_dims=[channels] * node.NUM_CONVS,
+                **{name: node[config_key(name)] for name in cls._head_options()},
+            ),
+            "head_in_features": node.IN_FEATURES,
+            "num_classes": node.NUM_CLASSES,
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
+            "max_detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
+            "input_format": cfg.INPUT.FORMAT,
+            **{name: node[config_key(name)] for name in cls._options()},
+        }
+
+    def forward_training(
+        self, images: ImageList, features: List[Tensor], predictions: Sequence[List[Tensor]], gt_instances: List[Any]
+    ) -> Dict[str, Tensor]:
+        """Losses of a batch, see ``losses``."""
+        anchors = self.anchor_generator(features)
+        logits, deltas, *rest = self._per_anchor(predictions)
+        labels, boxes = self.label_anchors(anchors, gt_instances)
+        return self.losses(anchors, logits, labels, deltas, boxes, *rest)
+
+    def _per_anchor(self, predictions: Sequence[List[Tensor]]) -> List[List[Tensor]]:
+        """The head's outputs as per level (N, Hi*Wi, channels)."""
+        return self._transpose_dense_predictions(predictions, [output[0].shape[1] for output in predictions])
+
+    @torch.no_grad()
+    def label_anchors(self, anchors: List[Boxes], gt_instances: List[Instances]) -> Tuple[List[Tensor], List[Tensor]]:
+        """Labels the anchors of each image, as :meth:`RetinaNet.label_anchors` does.
+
+        Args:
+            anchors: of each level, the same for all images.
+            gt_instances: ground truth of each image.
+
+        Returns:
+            Labels of each image, (R,): 0..K-1 the class, K background, -1 where the anchor lies in padding, see
+            :func:`starts_in_image`. And the matched boxes (R, 4), of no meaning where the label is no class.
+        """
+        every = Boxes.cat(anchors)
+        labels, boxes = [], []
+        for target in gt_instances:
+            usable = starts_in_image(every, target.image_size, self.backbone.size_divisibility)
+            match = assign_atss(anchors, usable, target.gt_boxes, self.topk)
+            # Index -1, no match, is the row appended here; an image without ground truth has this row alone.
+            classes = torch.cat([target.gt_classes, match.new_full((1,), self.num_classes)])
+            labels.append(classes[match].masked_fill(~usable, -1))
+            boxes.append(torch.cat([target.gt_boxes.tensor, every.tensor.new_zeros(1, 4)])[match])
+        return labels, boxes
+
+    def losses(
+        self,
+        anchors: List[Boxes],
+        pred_logits: List[Tensor],
+        gt_labels: List[Tensor],
+        pred_deltas: List[Tensor],
+        gt_boxes: List[Tensor],
+        *rest: List[Tensor],
+    ) -> Dict[str, Tensor]:
+        """Losses of a batch, to be defined by subclasses.
+
+        Args:
+            anchors: of each level.
+            pred_logits: per level (N, Hi*Wi, K).
+            gt_labels: of each image (R,), see :meth:`label_anchors`.
+            pred_deltas: per level (N, Hi*Wi, D).
+            gt_boxes: of each image the matched boxes (R, 4).
+            *rest: what else the head gives, per level (N, Hi*Wi, channels).
+
+        Returns:
+            Weighted losses, float32 scalars: the same keys whatever the batch.
+        """
+        raise NotImplementedError
+
+    def positives(
+        self, anchors: List[Boxes], labels: Tensor, pred_deltas: List[Tensor], gt_boxes: List[Tensor]
+    ) -> Positives:
+        """Picks the positive anchors and logs their number per image.
+
+        Args:
+            anchors: of each level.
+            labels: (N, R).
+            pred_deltas: per level (N, Hi*Wi, D).
+            gt_boxes: of each image the matched boxes (R, 4).
+        """
+        mask = (labels >= 0) & (labels < self.num_classes)
+        picked = Boxes.cat(anchors).tensor.expand(len(labels), -1, -1)[mask]
+        deltas = torch.cat(pred_deltas, dim=1)[mask].float()
+        decoded = self.box2box_transform.apply_deltas(deltas, picked)
+        get_event_storage().put_scalar("num_pos_anchors", len(picked) / len(labels))
+        normalizer = mean_over_workers(mask.sum(1).clamp(min=1).sum().float())
+        return Positives(mask, picked, torch.stack(gt_boxes)[mask], deltas, decoded, normalizer)
+
+    def forward_inference(
+        self, images: ImageList, features: List[Tensor], predictions: Sequence[List[Tensor]]
+    ) -> List[Instances]:
+        """Detections of each image, best first.
+
+        Class scores alone decide what passes the threshold and which candidates are kept; centerness, if the head
+        gives it, multiplies their scores then. Boxes are clipped to the image before NMS.
+        """
+        anchors = self.anchor_generator(features)
+        outputs = self._per_anchor(predictions)
+        return [
+            self._suppress(
+                Instances.cat(
+                    [
+                        self._candidates(level_anchors, *(output[image] for output in level), image_size=size)
+                        for level_anchors, *level in zip(anchors, *outputs)
+                    ]
+                )
+            )
+            for image, size in enumerate(images.image_sizes)
+        ]
+
+    def _candidates(
+        self,
+        anchors: Boxes,
+        logits: Tensor,
+        deltas: Tensor,
+        centerness: Optional[Tensor] = None,
+        *,
+        image_size: Tuple[int, int],
+    ) -> Instances:
+        """The candidates of one level of one image; detectron2's own cannot add centerness after its selection."""
+        scores = logits.float().sigmoid()
+        places, classes = (scores > self.test_score_thresh).nonzero(as_tuple=True)
+        best, order = scores[places, classes].topk(min(len(places), self.test_topk_candidates))
+        places, classes = places[order], classes[order]
+        if centerness is not None:
+            best = best * centerness[places, 0].float().sigmoid()
+        boxes = Boxes(self.box2box_transform.apply_deltas(deltas[places], anchors.tensor[places]))
+        return Instances(image_size, pred_boxes=boxes, scores=best, pred_classes=classes)
+
+    def _suppress(self, found: Instances) -> Instances:
+        found.pred_boxes.clip(found.image_size)
+        found = found[found.pred_boxes.nonempty()]
+        keep = batched_nms(found.pred_boxes.tensor, found.scores, found.pred_classes, self.test_nms_thresh)
+        return found[keep[: self.max_detections_per_image]]
+
+
+def drop_tower_biases(head: RetinaNetHead) -> None:
+    """Takes the biases of convolutions that a norm follows, as the published heads have none there."""
+    for tower in (head.cls_subnet, head.bbox_subnet):
+        for layer, following in zip(tower, tower[1:]):
+            if isinstance(layer, nn.Conv2d) and not isinstance(following, nn.ReLU):
+                layer.bias = None
+
+
+def scale_levels(scales: Tensor, levels: List[Tensor]) -> List[Tensor]:
+    """Multiplies each level's map with its scale, of (L,)."""
+    return [scale * level for scale, level in zip(scales, levels)]
+
+
+def keyword_defaults(cls: type, base: type) -> Dict[str, Any]:
+    """Keyword arguments with defaults of a class and its bases, as far up as ``base``."""
+    found: Dict[str, Any] = {}
+    for parent in reversed(cls.__mro__):
+        if issubclass(parent, base) and "__init__" in vars(parent):
+            found.update(inspect.signature(parent.__init__).parameters)
+    defaults = {name: p.default for name, p in found.items() if p.default is not inspect.Parameter.empty}
+    return {name: value for name, value in defaults.items() if value is not None and name not in _SHARED_OPTIONS}
+
+
+def config_key(name: str) -> str:
+    """The config key of a keyword argument; detectron2 says SCORE_THRESH_TEST for ``test_score_thresh``."""
+    test, _, option = name.partition("test_")
+    return f"{option}_TEST".upper() if option and not test else name.upper()

@@ -1,0 +1,148 @@
+"""ATSS: Bridging the Gap Between Anchor-based and Anchor-free Detection via Adaptive Training Sample Selection.
+
+arXiv 1912.02424, the variant with one square anchor per place.
+"""
+
+from typing import Any, Callable, ClassVar, Dict, List, Tuple, Union
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import configurable
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.modeling.box_regression import Box2BoxTransformLinear
+from detectron2.modeling.meta_arch.fcos import FCOSHead
+from detectron2.structures import Boxes
+from fvcore.nn import sigmoid_focal_loss
+from torch import Tensor, nn
+
+from ..dense import mean_over_workers
+from ..losses import giou_loss
+from .anchor_points import AnchorPointDetector, drop_tower_biases, scale_levels
+from .coders import ClampedBoxTransform
+
+DELTA_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
+
+
+class ATSSHead(FCOSHead):
+    """FCOS's head, centerness in ``ctrness``, with a learnable scale of the box deltas per level.
+
+    Args:
+        input_shape: one per level, all of the same channels.
+        conv_dims: channels of the towers' convolutions.
+        norm: name of a norm ("GN" has 32 groups), or a function from channels to a module.
+        **kwargs: ``num_classes`` and ``prior_prob``, the class score that the head starts from.
+    """
+
+    def __init__(
+        self,
+        *,
+        input_shape: List[ShapeSpec],
+        conv_dims: List[int],
+        norm: Union[str, Callable[[int], nn.Module]] = "GN",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(input_shape=input_shape, conv_dims=list(conv_dims), norm=norm, **kwargs)
+        drop_tower_biases(self)
+        self.scales = nn.Parameter(torch.ones(len(input_shape)))
+
+    def forward(self, features: List[Tensor]) -> Tuple[List[Tensor], List[Tensor], List[Tensor]]:
+        """Predicts classes, boxes and centerness.
+
+        Args:
+            features: per level (N, C, Hi, Wi).
+
+        Returns:
+            Each per level: class logits (N, K, Hi, Wi), scaled box deltas (N, 4, Hi, Wi), centerness logits
+            (N, 1, Hi, Wi).
+        """
+        logits, deltas, centerness = super().forward(features)
+        return logits, scale_levels(self.scales, deltas), centerness
+
+
+@META_ARCH_REGISTRY.register()
+class ATSS(AnchorPointDetector):
+    """The detector.
+
+    Args:
+        focal_loss_alpha: alpha of the class loss.
+        focal_loss_gamma: its gamma.
+        cls_weight: weight of the focal loss.
+        box_weight: weight of the GIoU loss.
+        centerness_weight: weight of the centerness loss.
+        **kwargs: see :class:`AnchorPointDetector`.
+    """
+
+    config_node: ClassVar[str] = "ATSS"
+    head_class = ATSSHead
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        focal_loss_alpha: float = 0.25,
+        focal_loss_gamma: float = 2.0,
+        cls_weight: float = 1.0,
+        box_weight: float = 2.0,
+        centerness_weight: float = 1.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(box2box_transform=ClampedBoxTransform(weights=DELTA_WEIGHTS), **kwargs)
+        self.focal_loss_alpha = focal_loss_alpha
+        self.focal_loss_gamma = focal_loss_gamma
+        self.cls_weight = cls_weight
+        self.box_weight = box_weight
+        self.centerness_weight = centerness_weight
+
+    def losses(
+        self,
+        anchors: List[Boxes],
+        pred_logits: List[Tensor],
+        gt_labels: List[Tensor],
+        pred_deltas: List[Tensor],
+        gt_boxes: List[Tensor],
+        *rest: List[Tensor],
+    ) -> Dict[str, Tensor]:
+        """Focal loss, GIoU loss and binary cross entropy of centerness, see :meth:`AnchorPointDetector.losses`.
+
+        The box loss is weighted by each anchor's centerness target and divided by the sum of these, averaged over
+        workers and at least 1.
+
+        Returns:
+            ``loss_cls``, ``loss_bbox``, ``loss_centerness``.
+        """
+        labels = torch.stack(gt_labels)
+        positives = self.positives(anchors, labels, pred_deltas, gt_boxes)
+        valid = labels >= 0
+        targets = centerness_targets(positives.anchors, positives.boxes)
+        centerness = torch.cat(rest[0], dim=1).squeeze(2)[positives.mask].float()
+        centerness_loss = F.binary_cross_entropy_with_logits(centerness, targets, reduction="sum")
+        box_loss = (giou_loss(positives.decoded, positives.boxes) * targets).sum()
+        box_normalizer = mean_over_workers(targets.sum()).clamp(min=1)
+        cls_loss = self._focal_loss(torch.cat(pred_logits, dim=1)[valid], labels[valid])
+        return {
+            "loss_cls": self.cls_weight * cls_loss / positives.normalizer,
+            "loss_bbox": self.box_weight * box_loss / box_normalizer,
+            "loss_centerness": self.centerness_weight * centerness_loss / positives.normalizer,
+        }
+
+    def _focal_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        one_hot = F.one_hot(labels, self.num_classes + 1)[:, :-1].float()
+        return sigmoid_focal_loss(
+            logits.float(), one_hot, alpha=self.focal_loss_alpha, gamma=self.focal_loss_gamma, reduction="sum"
+        )
+
+
+def centerness_targets(anchors: Tensor, boxes: Tensor) -> Tensor:
+    """How central anchors lie in their boxes, FCOS, arXiv 1904.01355, equation 3.
+
+    Args:
+        anchors: (P, 4); their centres lie inside the boxes.
+        boxes: (P, 4).
+
+    Returns:
+        (P,), above 0, 1 in the middle.
+    """
+    sides = Box2BoxTransformLinear(normalize_by_size=False).get_deltas(anchors, boxes)
+    pairs = sides.view(-1, 2, 2)  # (left, top), (right, bottom)
+    return (pairs.amin(1) / pairs.amax(1)).prod(1).sqrt()

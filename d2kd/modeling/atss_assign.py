@@ -1,0 +1,90 @@
+"""ATSS: which anchors learn which ground-truth box, arXiv 1912.02424, section 3."""
+
+from typing import List, Sequence
+
+import torch
+from detectron2.structures import Boxes
+from detectron2.structures.boxes import matched_pairwise_iou
+from torch import Tensor
+
+# An anchor's centre must be at least this far inside its box, in pixels.
+MIN_INSIDE = 0.01
+
+
+@torch.no_grad()
+def assign_atss(anchors: Sequence[Boxes], usable: Tensor, boxes: Boxes, topk: int = 9) -> Tensor:
+    """Assigns the anchors of one image to its boxes, without a loop over boxes and without waiting for the GPU.
+
+    The ``topk`` anchors of each level that lie nearest to a box's centre are its candidates. Those of them are
+    positive whose IoU reaches mean + unbiased standard deviation of the candidates' IoU and whose centre lies inside
+    the box. An anchor that several boxes claim goes to the one of largest IoU.
+
+    Args:
+        anchors: per level (Ri, 4).
+        usable: (R,) bool over all levels; other anchors are no candidates.
+        boxes: ground truth, (M, 4).
+        topk: candidates per level, or as many as there are.
+
+    Returns:
+        (R,) int64: index of the box, -1 for none.
+    """
+    if len(boxes) == 0:
+        return torch.full_like(usable, -1, dtype=torch.long)
+    candidates, taken = nearest_anchors(anchors, usable, boxes, topk)
+    nearby = Boxes.cat(list(anchors)).tensor[candidates]  # (M, C, 4)
+    repeated = boxes.tensor[:, None].expand_as(nearby)
+    iou = matched_pairwise_iou(Boxes(nearby.reshape(-1, 4)), Boxes(repeated.reshape(-1, 4))).view_as(taken)
+    positive = taken & (iou >= iou_thresholds(iou, taken)) & _centres_inside(nearby, repeated)
+    claims = iou.new_full((len(boxes), len(usable)), -1.0)
+    claims.scatter_(1, candidates, torch.where(positive, iou, -1.0))
+    best, index = claims.max(dim=0)
+    return torch.where(best >= 0, index, -1)
+
+
+def nearest_anchors(anchors: Sequence[Boxes], usable: Tensor, boxes: Boxes, topk: int) -> List[Tensor]:
+    """Indices of each box's candidates among all anchors, (M, C), and (M, C) bool: False where there are fewer."""
+    per_level, start = [], 0
+    for level in anchors:
+        distances = torch.cdist(
+            boxes.get_centers().float(), level.get_centers().float(), compute_mode="donot_use_mm_for_euclid_dist"
+        )
+        distances = distances.masked_fill(~usable[start : start + len(level)], torch.inf)
+        values, index = distances.topk(min(topk, len(level)), dim=1, largest=False)
+        per_level.append((index + start, values.isfinite()))
+        start += len(level)
+    return [torch.cat(parts, dim=1) for parts in zip(*per_level)]
+
+
+def iou_thresholds(iou: Tensor, taken: Tensor) -> Tensor:
+    """Mean + unbiased standard deviation of each row where ``taken``, (M, 1); a single value has deviation 0."""
+    count = taken.sum(1, keepdim=True)
+    mean = (iou * taken).sum(1, keepdim=True) / count.clamp(min=1)
+    squares = ((iou - mean) * taken).square().sum(1, keepdim=True)
+    return mean + (squares / (count - 1).clamp(min=1)).sqrt()
+
+
+def _centres_inside(anchors: Tensor, boxes: Tensor) -> Tensor:
+    """Whether the centres of anchors (..., 4) lie inside boxes (..., 4)."""
+    centres = (anchors[..., :2] + anchors[..., 2:]) / 2
+    sides = torch.cat([centres - boxes[..., :2], boxes[..., 2:] - centres], dim=-1)
+    return sides.amin(-1) > MIN_INSIDE
+
+
+def starts_in_image(anchors: Boxes, image_size: Sequence[int], divisor: int) -> Tensor:
+    """Tells which anchors belong to an image and not to the padding that a larger image of its batch brings.
+
+    An image's own shape is its size rounded up to a multiple of the backbone's size divisibility. An anchor belongs to
+    it if its cell starts inside; with anchors of offset 0 that is the anchor's centre.
+
+    Args:
+        anchors: (R, 4), of offset 0.
+        image_size: height and width in pixels.
+        divisor: the size divisibility; 0 and 1 mean none.
+
+    Returns:
+        (R,) bool.
+    """
+    divisor = max(divisor, 1)
+    height, width = (-(-side // divisor) * divisor for side in image_size)
+    x, y = anchors.get_centers().unbind(1)
+    return (x < width) & (y < height)

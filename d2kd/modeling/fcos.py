@@ -1,0 +1,310 @@
+"""FCOS for YAML configs and as a student, with the options that published recipes set.
+
+FCOS: Fully Convolutional One-Stage Object Detection, arXiv 1904.01355 and 2006.09214.
+
+With its defaults this is detectron2's own FCOS. Its options make it the FCOS of other code bases, each on its own; the
+one that CrossKD (arXiv 2306.11369) distils has all of: ``box_scales``, ``box_exp``, ``ctrness_on_cls``,
+``tower_bias=False``, ``center_sampling_radius=0``, ``box_reg_loss_type="iou_log"``, ``loss_normalizer="batch"``,
+``score_rule="product"`` and ``clip_before_nms``. Rare ties stay detectron2's, and no measured number covers them: a
+place whose farthest side lies at exactly the distance that divides two levels is positive on neither, and of boxes
+whose areas differ by less than 8 squared pixels the first wins, not surely the smallest.
+"""
+
+from typing import Any, Callable, ClassVar, Dict, List, Optional, Sequence, Tuple, Union
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec, batched_nms
+from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
+from detectron2.modeling.box_regression import Box2BoxTransformLinear
+from detectron2.modeling.meta_arch import fcos
+from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
+from detectron2.structures import Boxes, ImageList, Instances
+from fvcore.nn import sigmoid_focal_loss_jit
+from torch import Tensor, nn
+
+from ..dense import decode_boxes, mean_over_workers
+from ..errors import D2kdError
+from ..losses import giou_loss, iou_log_loss
+from .anchor_points import config_key, drop_tower_biases, keyword_defaults, scale_levels
+
+BOX_LOSSES = {"giou": giou_loss, "iou_log": iou_log_loss}
+LOSS_NORMALIZERS = ("ema", "batch")
+SCORE_RULES = ("sqrt", "product")
+
+
+class FCOSHead(fcos.FCOSHead):
+    """detectron2's FCOS head with the box and centerness outputs of the FCOS paper as options.
+
+    Args:
+        input_shape: one per level, all of the same channels.
+        conv_dims: channels of the towers' convolutions.
+        norm: name of a norm, or a function from channels to a module.
+        box_scales: multiply the box output of each level by a scalar that is learnt.
+        box_exp: take the exponential, which gives distances in pixels (an :class:`FCOS` of these needs the same
+            option); otherwise negative distances count as 0 and the unit is the level's stride.
+        ctrness_on_cls: predict centerness from the class tower (arXiv 1904.01355) instead of the box tower.
+        tower_bias: keep the biases of the towers' convolutions that a norm follows; published heads have none.
+        **kwargs: ``num_classes``, ``prior_prob``.
+    """
+
+    def __init__(
+        self,
+        *,
+        input_shape: List[ShapeSpec],
+        conv_dims: List[int],
+        norm: Union[str, Callable[[int], nn.Module]] = "GN",
+        box_scales: bool = False,
+        box_exp: bool = False,
+        ctrness_on_cls: bool = False,
+        tower_bias: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(input_shape=input_shape, conv_dims=list(conv_dims), norm=norm, **kwargs)
+        if not tower_bias:
+            drop_tower_biases(self)
+        self.scales = nn.Parameter(torch.ones(len(input_shape))) if box_scales else None
+        self.box_exp = box_exp
+        self.ctrness_on_cls = ctrness_on_cls
+
+    def forward(self, features: List[Tensor]) -> Tuple[List[Tensor], List[Tensor], List[Tensor]]:
+        """Predicts class logits, distances and centerness logits.
+
+        Args:
+            features: per level (N, C, Hi, Wi).
+
+        Returns:
+            Each per level: logits (N, K, Hi, Wi); distances of the place to the left, top, right and bottom side of
+            the box (N, 4, Hi, Wi), see the class; centerness logits (N, 1, Hi, Wi).
+        """
+        logits, distances, centerness = [], [], []
+        for feature in features:
+            cls_feature, box_feature = self.cls_subnet(feature), self.bbox_subnet(feature)
+            logits.append(self.cls_score(cls_feature))
+            distances.append(self.bbox_pred(box_feature))
+            centerness.append(self.ctrness(cls_feature if self.ctrness_on_cls else box_feature))
+        if self.scales is not None:
+            distances = scale_levels(self.scales, distances)
+        if self.box_exp:  # in float32: half precision overflows above 11
+            distances = [level.float().exp() for level in distances]
+        return logits, distances, centerness
+
+
+@META_ARCH_REGISTRY.register()
+class FCOS(fcos.FCOS):
+    """detectron2's FCOS, built from ``MODEL.FCOS`` too and with the options of published recipes.
+
+    Args:
+        backbone: feature pyramid.
+        head: a :class:`FCOSHead`.
+        num_classes: number of classes K.
+        pixel_mean: subtracted from the image's channels.
+        pixel_std: they are divided by it.
+        head_in_features: names of the levels, high to low resolution; by default all of the backbone.
+        box_exp: the head gives distances in pixels, as with its option of that name.
+        center_sampling_radius: how far from the centre of a box a place may lie to be positive, in strides;
+            0 allows the whole box.
+        box_reg_loss_type: "giou", or "iou_log" for -log IoU.
+        loss_normalizer: "ema" divides all losses by a running mean of each worker's number of positive places.
+            "batch" divides class and centerness loss by the batch's own number averaged over workers, at least 1,
+            weighs the box loss of each place by its centerness target and divides by the sum of these.
+        score_rule: what detections are ranked by. "sqrt": sqrt(class * centerness score), also against the threshold
+            and in the choice of candidates (arXiv 2006.09214). "product": threshold and candidates by class score, NMS
+            and ranking by class * centerness score (arXiv 1904.01355).
+        clip_before_nms: clip boxes to the image, and drop those without area, before NMS instead of at the very end.
+        input_format: channel order of the images, "BGR" or "RGB".
+        **kwargs: detectron2's FCOS has more: ``focal_loss_alpha``, ``test_score_thresh`` ...
+
+    Raises:
+        D2kdError: an option has none of its values, or the head's ``box_exp`` is another.
+    """
+
+    config_node: ClassVar[str] = "FCOS"
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        backbone: Backbone,
+        head: nn.Module,
+        num_classes: int,
+        pixel_mean: Sequence[float],
+        pixel_std: Sequence[float],
+        head_in_features: Optional[Sequence[str]] = None,
+        box_exp: bool = False,
+        center_sampling_radius: float = 1.5,
+        box_reg_loss_type: str = "giou",
+        loss_normalizer: str = "ema",
+        score_rule: str = "sqrt",
+        clip_before_nms: bool = False,
+        input_format: str = "BGR",
+        **kwargs: Any,
+    ) -> None:
+        _check_choice("BOX_REG_LOSS_TYPE", box_reg_loss_type, BOX_LOSSES)
+        _check_choice("LOSS_NORMALIZER", loss_normalizer, LOSS_NORMALIZERS)
+        _check_choice("SCORE_RULE", score_rule, SCORE_RULES)
+        if getattr(head, "box_exp", False) != box_exp:
+            raise D2kdError(f"FCOS has box_exp={box_exp} and its head the other; give both the same")
+        super().__init__(
+            backbone=backbone,
+            head=head,
+            num_classes=num_classes,
+            pixel_mean=pixel_mean,
+            pixel_std=pixel_std,
+            head_in_features=None if head_in_features is None else list(head_in_features),
+            box2box_transform=Box2BoxTransformLinear(normalize_by_size=not box_exp),
+            center_sampling_radius=center_sampling_radius or float("inf"),
+            **kwargs,
+        )
+        self.box_reg_loss_type = box_reg_loss_type
+        self.loss_normalizer_type = loss_normalizer  # detectron2 keeps its running mean in self.loss_normalizer
+        self.score_rule = score_rule
+        self.clip_before_nms = clip_before_nms
+        self.input_format = input_format
+
+    @classmethod
+    def config_defaults(cls) -> Dict[str, Any]:
+        """The config node of this detector: keys and default values, from the signatures where they stand."""
+        options = {**keyword_defaults(FCOSHead, RetinaNetHead), **keyword_defaults(FCOS, fcos.FCOS)}
+        return {
+            "NUM_CLASSES": 80,
+            "IN_FEATURES": ["p3", "p4", "p5", "p6", "p7"],
+            "NUM_CONVS": 4,
+            **{config_key(name): default for name, default in options.items()},
+        }
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> Dict[str, Any]:
+        node = cfg.MODEL[cls.config_node]
+        backbone = build_backbone(cfg)
+        shapes = backbone.output_shape()
+        input_shape = [shapes[name] for name in node.IN_FEATURES]
+        channels = input_shape[0].channels
+        if node.NORM == "GN" and channels % 32:
+            raise D2kdError(f"MODEL.FCOS.NORM GN needs MODEL.FPN.OUT_CHANNELS in 32s, not {channels}")
+        head = FCOSHead(
+            input_shape=input_shape,
+            conv_dims=[channels] * node.NUM_CONVS,
+            num_classes=node.NUM_CLASSES,
+            **{name: node[config_key(name)] for name in keyword_defaults(FCOSHead, RetinaNetHead)},
+        )
+        return {
+            "backbone": backbone,
+            "head": head,
+            "head_in_features": node.IN_FEATURES,
+            "num_classes": node.NUM_CLASSES,
+            "max_detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
+            "input_format": cfg.INPUT.FORMAT,
+            **{name: node[config_key(name)] for name in keyword_defaults(FCOS, fcos.FCOS)},
+        }
+
+    def losses(
+        self,
+        anchors: List[Boxes],
+        pred_logits: List[Tensor],
+        gt_labels: List[Tensor],
+        pred_anchor_deltas: List[Tensor],
+        gt_boxes: List[Tensor],
+        pred_centerness: List[Tensor],
+    ) -> Dict[str, Tensor]:
+        """As detectron2's, with this detector's box loss and normalisers.
+
+        Args:
+            anchors: of each level.
+            pred_logits: per level (N, Hi*Wi, K).
+            gt_labels: of each image (R,), K is background.
+            pred_anchor_deltas: distances, per level (N, Hi*Wi, 4).
+            gt_boxes: of each image the matched boxes (R, 4).
+            pred_centerness: logits, per level (N, Hi*Wi, 1).
+
+        Returns:
+            ``loss_fcos_cls``, ``loss_fcos_loc``, ``loss_fcos_ctr``; without ground truth the last two are 0.
+        """
+        # detectron2's loss raises on half precision, as autocast gives it; float32 goes through unchanged.
+        pred_logits, pred_anchor_deltas, pred_centerness = (
+            [level.float() for level in output] for output in (pred_logits, pred_anchor_deltas, pred_centerness)
+        )
+        if self.loss_normalizer_type == "ema" and self.box_reg_loss_type == "giou":
+            return super().losses(anchors, pred_logits, gt_labels, pred_anchor_deltas, gt_boxes, pred_centerness)
+        labels = torch.stack(gt_labels)
+        positive = labels < self.num_classes
+        one_hot = F.one_hot(labels, self.num_classes + 1)[..., :-1].float()
+        cls_loss = sigmoid_focal_loss_jit(
+            torch.cat(pred_logits, dim=1),
+            one_hot,
+            alpha=self.focal_loss_alpha,
+            gamma=self.focal_loss_gamma,
+            reduction="sum",
+        )
+        targets = self.compute_ctrness_targets(anchors, gt_boxes)[positive]
+        centerness = torch.cat(pred_centerness, dim=1).squeeze(2)[positive]
+        ctr_loss = F.binary_cross_entropy_with_logits(centerness, targets, reduction="sum")
+        box_losses = self._box_losses(anchors, torch.cat(pred_anchor_deltas, dim=1), gt_boxes, positive)
+        if self.loss_normalizer_type == "ema":
+            normalizer = self._ema_update("loss_normalizer", max(int(positive.sum()), 1), 300)
+            return _named(cls_loss / normalizer, box_losses.sum() / normalizer, ctr_loss / normalizer)
+        num_pos = mean_over_workers(positive.sum().float()).clamp(min=1)
+        ctr_sum = mean_over_workers(targets.sum()).clamp(min=1e-6)
+        return _named(cls_loss / num_pos, (box_losses * targets).sum() / ctr_sum, ctr_loss / num_pos)
+
+    def _box_losses(self, anchors: List[Boxes], deltas: Tensor, gt_boxes: List[Tensor], positive: Tensor) -> Tensor:
+        """Box loss of each positive place, (P,)."""
+        boxes = decode_boxes(self.box2box_transform, deltas.flatten(0, 1), Boxes.cat(anchors).tensor)
+        return BOX_LOSSES[self.box_reg_loss_type](boxes.view_as(deltas)[positive], torch.stack(gt_boxes)[positive])
+
+    def forward_inference(
+        self, images: ImageList, features: List[Tensor], predictions: Sequence[List[Tensor]]
+    ) -> List[Instances]:
+        """Detections of each image, best first; see ``score_rule`` and ``clip_before_nms``."""
+        if self.score_rule == "sqrt":
+            return super().forward_inference(images, features, predictions)
+        dense = self._transpose_dense_predictions(predictions, [self.num_classes, 4, 1])
+        anchors = self.anchor_generator(features)
+        results = []
+        for i, size in enumerate(images.image_sizes):
+            levels = [
+                self._candidates(boxes, logits[i].sigmoid(), deltas[i], ctr[i, :, 0].sigmoid(), size)
+                for boxes, logits, deltas, ctr in zip(anchors, *dense)
+            ]
+            results.append(self._suppress(Instances.cat(levels)))
+        return results
+
+    def _candidates(
+        self, anchors: Boxes, scores: Tensor, deltas: Tensor, centerness: Tensor, image_size: Tuple[int, int]
+    ) -> Instances:
+        """The candidates of one level: chosen by class score, scored by its product with centerness."""
+        places, classes = (scores > self.test_score_thresh).nonzero(as_tuple=True)
+        kept = scores[places, classes].topk(min(len(places), self.test_topk_candidates))
+        places, classes = places[kept.indices], classes[kept.indices]
+        boxes = self.box2box_transform.apply_deltas(deltas[places], anchors.tensor[places])
+        scores = kept.values * centerness[places]
+        return Instances(image_size, pred_boxes=Boxes(boxes), scores=scores, pred_classes=classes)
+
+    def inference_single_image(
+        self, anchors: List[Boxes], box_cls: List[Tensor], box_delta: List[Tensor], image_size: Tuple[int, int]
+    ) -> Instances:
+        """As detectron2's, with ``clip_before_nms``."""
+        return self._suppress(
+            self._decode_multi_level_predictions(
+                anchors, box_cls, box_delta, self.test_score_thresh, self.test_topk_candidates, image_size
+            )
+        )
+
+    def _suppress(self, found: Instances) -> Instances:
+        if self.clip_before_nms:
+            found.pred_boxes.clip(found.image_size)
+            found = found[found.pred_boxes.nonempty()]
+        keep = batched_nms(found.pred_boxes.tensor, found.scores, found.pred_classes, self.test_nms_thresh)
+        return found[keep[: self.max_detections_per_image]]
+
+
+def _named(cls_loss: Tensor, box_loss: Tensor, ctr_loss: Tensor) -> Dict[str, Tensor]:
+    return {"loss_fcos_cls": cls_loss, "loss_fcos_loc": box_loss, "loss_fcos_ctr": ctr_loss}
+
+
+def _check_choice(key: str, value: str, choices: Any) -> None:
+    if value not in choices:
+        raise D2kdError(f"MODEL.FCOS.{key} is {value!r}; use one of {', '.join(choices)}")
