@@ -18,7 +18,7 @@ from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils import comm
 from torch import Tensor, nn
 
-from .errors import D2kdError
+from .errors import D2kdError, nearest
 
 TOWERS = ("cls_subnet", "bbox_subnet")
 
@@ -86,6 +86,49 @@ def tap_towers(head: nn.Module, cuts: Sequence[Cut]) -> Iterator[Dict[Cut, Tuple
         yield taps
 
 
+@contextmanager
+def tap_modules(detector: nn.Module, paths: Sequence[str]) -> Iterator[List[Features]]:
+    """Collects what modules give while a detector runs.
+
+    Args:
+        detector: student or teacher.
+        paths: of modules, such as "backbone.bottom_up.res4".
+
+    Yields:
+        For each path the feature maps (N, C, H, W) that its module gave, in order: one per call, or several where it
+        gives a list or dict of them.
+
+    Raises:
+        D2kdError: there is no such module; names the nearest.
+    """
+    taps: List[Features] = [[] for _ in paths]
+    with ExitStack() as hooks:
+        for path, found in zip(paths, taps):
+            module = find_module(detector, path)
+            hooks.enter_context(
+                module.register_forward_hook(lambda _module, _inputs, output, found=found: found.extend(_maps(output)))
+            )
+        yield taps
+
+
+def find_module(detector: nn.Module, path: str) -> nn.Module:
+    """The module of a path; raises D2kdError with the nearest paths if there is none."""
+    modules = dict(detector.named_modules())
+    if not path or path not in modules:
+        names = [name for name in modules if name]
+        raise D2kdError(f"{type(detector).__name__} has no module {path!r}{nearest(path, names)}")
+    return modules[path]
+
+
+def _maps(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        if output.dim() == 4:
+            yield output
+    elif isinstance(output, (list, tuple, dict)):
+        for part in output.values() if isinstance(output, dict) else output:
+            yield from _maps(part)
+
+
 class _Replay(nn.Module):
     """Stands in front of a cut tower: ignores its input and gives the next level's stored feature."""
 
@@ -131,12 +174,21 @@ class DenseOutputs:
         predictions: the head's raw outputs: logits, box predictions and whatever else the head gives, each a list
             of (N, A*?, Hi, Wi) per level; empty where the head was not run.
         taps: tower features per tapped cut.
+        tapped_maps: outputs of the modules that MODEL.DISTILL.FEATURES names.
+        classes: which classes student and teacher share, (S,) int64, in the same order for both; None for all.
     """
 
     detector: DenseDetector
     features: Features
     predictions: Tuple[Features, ...] = ()
     taps: Dict[Cut, Tuple[Features, Features]] = field(default_factory=dict)
+    tapped_maps: Features = field(default_factory=list)
+    classes: Optional[Tensor] = None
+
+    @property
+    def maps(self) -> Features:
+        """What feature methods compare, each (N, C, H, W): the FPN features unless MODEL.DISTILL.FEATURES says else."""
+        return self.tapped_maps or self.features
 
     def towers(self, cut: Cut) -> Tuple[Features, Features]:
         """Class and box tower features at a cut, each per level (N, C, Hi, Wi); at cut 0 the FPN features."""
@@ -166,6 +218,11 @@ class DenseOutputs:
     def logits(self) -> Tensor:
         """Class logits, (N, R, K), float32."""
         return torch.cat(self.dense_predictions[0], dim=1).float()
+
+    @property
+    def shared_logits(self) -> Tensor:
+        """Logits of the classes that student and teacher share, (N, R, S), float32; S is K unless CLASS_MAP is set."""
+        return self.logits if self.classes is None else self.logits[..., self.classes]
 
     @cached_property
     def box_predictions(self) -> Tensor:
@@ -208,11 +265,15 @@ def decode_boxes(transform: Any, deltas: Tensor, anchors: Tensor) -> Tensor:
         (M*R, 4) XYXY boxes in pixels.
     """
     if isinstance(transform, Box2BoxTransform):
-        floor = deltas.new_tensor(
-            [-torch.inf, -torch.inf, *(-w * transform.scale_clamp for w in transform.weights[2:])]
-        )
-        deltas = torch.maximum(deltas, floor)
-    return transform.apply_deltas(deltas, anchors.repeat(len(deltas) // len(anchors), 1))
+        deltas = clamp_log_sizes(deltas, transform.weights, transform.scale_clamp)
+    return transform.apply_deltas(deltas, anchors.repeat(len(deltas) // max(len(anchors), 1), 1))
+
+
+def clamp_log_sizes(deltas: Tensor, weights: Tuple[float, float, float, float], scale_clamp: float) -> Tensor:
+    """Clamps the log-scale deltas of a ``Box2BoxTransform`` from below as it does from above, (..., 4)."""
+    widths = deltas[..., 2:3].clamp(min=-weights[2] * scale_clamp)
+    heights = deltas[..., 3:].clamp(min=-weights[3] * scale_clamp)
+    return torch.cat([deltas[..., :2], widths, heights], dim=-1)
 
 
 def preprocess(detector: DenseDetector, batched_inputs: List[Dict[str, Any]], flip_channels: bool = False) -> ImageList:
@@ -229,23 +290,26 @@ def preprocess(detector: DenseDetector, batched_inputs: List[Dict[str, Any]], fl
 
 
 def run_dense(
-    detector: DenseDetector, images: ImageList, cuts: Sequence[Cut] = (), with_head: bool = True
+    detector: DenseDetector,
+    images: ImageList,
+    cuts: Sequence[Cut] = (),
+    with_head: bool = True,
+    paths: Sequence[str] = (),
 ) -> DenseOutputs:
-    """Runs backbone and head of a detector and taps its towers on the way.
+    """Runs backbone and head of a detector and taps its towers and modules on the way.
 
     Args:
         detector: student or teacher.
         images: preprocessed by :func:`preprocess`.
         cuts: tower features to keep; cut 0 costs nothing.
         with_head: False runs the backbone only.
+        paths: modules whose outputs to keep, see :func:`tap_modules`.
     """
-    features = detector.backbone(images.tensor)
-    features = [features[name] for name in detector.head_in_features]
-    if not with_head:
-        return DenseOutputs(detector, features)
-    with tap_towers(detector.head, [cut for cut in cuts if cut.convs > 0]) as taps:
-        predictions = tuple(detector.head(features))
-    return DenseOutputs(detector, features, predictions, taps)
+    with tap_modules(detector, paths) as maps, tap_towers(detector.head, [c for c in cuts if c.convs > 0]) as taps:
+        features = detector.backbone(images.tensor)
+        features = [features[name] for name in detector.head_in_features]
+        predictions = tuple(detector.head(features)) if with_head else ()
+    return DenseOutputs(detector, features, predictions, taps, [x for found in maps for x in found])
 
 
 @dataclass
@@ -261,6 +325,7 @@ class Targets:
         num_pos: sum over images of max(#positive anchors of weight 1, 1), averaged over workers; () float32. The
             loss normaliser N+ of the methods: with it the mean over workers equals one worker with all images.
         positive: (N, R) bool; anchors of weight 1 that are labelled with a class.
+        padded_size: height and width in pixels of the padded batch, which the feature maps cover.
     """
 
     instances: List[Instances]
@@ -269,6 +334,7 @@ class Targets:
     weights: Tensor
     num_pos: Tensor
     positive: Tensor
+    padded_size: Tuple[int, int]
 
 
 def make_targets(
@@ -279,7 +345,9 @@ def make_targets(
     weights = anchors_inside(student, images) & (stacked >= 0)
     positive = weights & (stacked < student.detector.num_classes)
     num_pos = positive.sum(1).clamp(min=1).sum().float()
-    return Targets(instances, stacked, torch.stack(boxes), weights.float(), mean_over_workers(num_pos), positive)
+    num_pos = mean_over_workers(num_pos)
+    height, width = images.tensor.shape[-2:]
+    return Targets(instances, stacked, torch.stack(boxes), weights.float(), num_pos, positive, (height, width))
 
 
 def anchors_inside(outputs: DenseOutputs, images: ImageList) -> Tensor:
@@ -315,3 +383,29 @@ def mean_over_workers(value: Tensor) -> Tensor:
         torch.distributed.all_reduce(value)
         value /= comm.get_world_size()
     return value
+
+
+def check_contract(detector: nn.Module, with_head: bool = True, with_losses: bool = True) -> None:
+    """Checks that a detector has the parts that this package reads; detectron2's RetinaNet and FCOS have them.
+
+    Args:
+        detector: student or teacher.
+        with_head: methods compare predictions or tower features.
+        with_losses: it trains, as a student does.
+
+    Raises:
+        D2kdError: names what is missing.
+    """
+    kind = type(detector).__name__
+    needed = ["backbone", "head", "head_in_features", "num_classes", "anchor_generator", "box2box_transform"]
+    needed += ["label_anchors", "losses"] if with_losses else []
+    missing = [name for name in needed if not hasattr(detector, name)]
+    if missing:
+        raise D2kdError(f"{kind} has no {', '.join(missing)}; give it these as detectron2's RetinaNet has them")
+    missing = [name for name in TOWERS if not isinstance(getattr(detector.head, name, None), nn.Sequential)]
+    if with_head and missing:
+        raise D2kdError(
+            f"{kind}'s head, {type(detector.head).__name__}, has no nn.Sequential {' and '.join(missing)}; keep its "
+            "towers in cls_subnet and bbox_subnet as detectron2's RetinaNetHead does, or use methods that read "
+            "features only"
+        )

@@ -1,4 +1,4 @@
-"""The one exception a user's mistake raises, and the nearest-name hint its messages end with."""
+"""The one exception a user's mistake raises, and what its messages are made of."""
 
 from difflib import get_close_matches
 from typing import Iterable
@@ -16,3 +16,10 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """Returns ``"; did you mean X?"`` for the known name nearest to ``name``, or ``""`` if none is near."""
     matches = get_close_matches(name, list(known), n=1)
     return f"; did you mean {matches[0]}?" if matches else ""
+
+
+def check_choice(what: str, value: str, known: Iterable[str]) -> None:
+    """Raises D2kdError unless a value is one of the known ones; the message says what it is the value of."""
+    choices = list(known)
+    if value not in choices:
+        raise D2kdError(f"{what} is {value!r}; use one of {', '.join(choices)}{nearest(value, choices)}")

@@ -1,4 +1,4 @@
-"""Loss functions shared by the methods: pure, unreduced, in float32 whatever autocast does."""
+"""Loss functions of detectors and methods: pure, unreduced, in float32 whatever autocast does."""
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +18,10 @@ def kd_quality_focal_loss(logits: Tensor, teacher_logits: Tensor, beta: float = 
     Returns:
         Loss of each element, same shape.
     """
-    logits = logits.float()
-    target = teacher_logits.detach().float().sigmoid()
+    return _modulated_bce(logits.float(), teacher_logits.detach().float().sigmoid(), beta)
+
+
+def _modulated_bce(logits: Tensor, target: Tensor, beta: float) -> Tensor:
     bce = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
     return bce * (logits.sigmoid() - target).abs().pow(beta)
 
@@ -87,6 +89,10 @@ def iou_log_loss(boxes: Tensor, target: Tensor, eps: float = 1e-6) -> Tensor:
     return -(overlap / union).clamp(min=eps).log()
 
 
+#: Losses of decoded boxes by the name that configs give them.
+BOX_LOSSES = {"giou": giou_loss, "iou_log": iou_log_loss}
+
+
 def quality_focal_loss(logits: Tensor, labels: Tensor, scores: Tensor, beta: float = 2.0) -> Tensor:
     """Quality focal loss (GFL, arXiv 2006.04388, equation 1): the label's class should score as its box overlaps.
 
@@ -102,11 +108,8 @@ def quality_focal_loss(logits: Tensor, labels: Tensor, scores: Tensor, beta: flo
     Returns:
         (M,), summed over the classes.
     """
-    logits = logits.float()
     one_hot = F.one_hot(labels, logits.shape[1] + 1)[:, :-1]
-    target = one_hot * scores.detach().float()[:, None]
-    bce = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
-    return (bce * (logits.sigmoid() - target).abs().pow(beta)).sum(1)
+    return _modulated_bce(logits.float(), one_hot * scores.detach().float()[:, None], beta).sum(1)
 
 
 def distribution_focal_loss(logits: Tensor, target: Tensor) -> Tensor:
@@ -124,3 +127,19 @@ def distribution_focal_loss(logits: Tensor, target: Tensor) -> Tensor:
     share = target.detach().float() - low
     both = torch.stack([low, low + 1], dim=1)
     return -(log_probs.gather(1, both) * torch.stack([1 - share, share], dim=1)).sum(1)
+
+
+def centerness_targets(anchors: Tensor, boxes: Tensor) -> Tensor:
+    """How central anchors lie in boxes (FCOS, arXiv 1904.01355, equation 3).
+
+    Args:
+        anchors: (..., 4) XYXY.
+        boxes: (..., 4) XYXY.
+
+    Returns:
+        (...), 1 in the middle, 0 on the border and outside.
+    """
+    centres = (anchors[..., :2] + anchors[..., 2:]) / 2
+    sides = torch.stack([centres - boxes[..., :2], boxes[..., 2:] - centres], dim=-1)  # (..., x or y, low or high)
+    ratios = sides.amin(-1) / sides.amax(-1).clamp(min=1e-6)
+    return ratios.clamp(min=0).prod(-1).sqrt()

@@ -290,7 +290,7 @@ def test_defaults_are_detectron2s() -> None:
     ours = build(cfg)
     head = StockFCOSHead(
         input_shape=[ours.backbone.output_shape()[name] for name in cfg.MODEL.FCOS.IN_FEATURES],
-        conv_dims=[cfg.MODEL.FPN.OUT_CHANNELS] * 4,
+        conv_dims=[cfg.MODEL.FPN.OUT_CHANNELS] * cfg.MODEL.FCOS.NUM_CONVS,
         num_classes=3,
         norm="GN",
     )

@@ -1,5 +1,6 @@
 """GFL and ATSS: parity of their parts with measured numbers, and behaviour."""
 
+import math
 import time
 from pathlib import Path
 from typing import Any, Dict, List, Tuple
@@ -9,6 +10,7 @@ import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_model
+from detectron2.modeling.box_regression import Box2BoxTransform, Box2BoxTransformLinear
 from detectron2.structures import Boxes, ImageList, Instances, pairwise_iou
 from detectron2.utils.events import EventStorage
 from goldens import LEVELS, Golden, Maps, cases, close
@@ -16,13 +18,13 @@ from small import batch, gradients, step
 from torch import Tensor, nn
 
 from d2kd.config import add_distill_config
-from d2kd.dense import Cut, DenseOutputs, cross_head, make_targets, run_dense
+from d2kd.dense import Cut, DenseOutputs, cross_head, decode_boxes, make_targets, run_dense
 from d2kd.errors import D2kdError
-from d2kd.losses import distribution_focal_loss, quality_focal_loss
+from d2kd.losses import centerness_targets, distribution_focal_loss, quality_focal_loss
 from d2kd.modeling.anchor_points import AnchorPointDetector
-from d2kd.modeling.atss import ATSS, ATSSHead, centerness_targets
+from d2kd.modeling.atss import ATSS, ATSSHead
 from d2kd.modeling.atss_assign import assign_atss
-from d2kd.modeling.coders import ClampedBoxTransform, IntegralBoxTransform
+from d2kd.modeling.coders import ClampedBoxTransform, IntegralBoxTransform, LinearBoxTransform
 from d2kd.modeling.config import add_detector_config
 from d2kd.modeling.gfl import GFL, GFLHead
 
@@ -275,6 +277,67 @@ def test_golden_inference(path: Path, setting: str) -> None:
         assert torch.equal(found.pred_classes, expected["labels"])
         close(found.scores, expected["scores"], LOSS, "scores")
         close(found.pred_boxes.tensor, expected["boxes"], LOSS, "boxes")
+
+
+# --- parts by hand
+
+
+def test_quality_focal_loss_by_hand() -> None:
+    """Scores 1/2 and 3/4. Class 0 with IoU 1 and as background, then class 1 with IoU 3/4, where its loss is 0."""
+    logits = torch.tensor([1.0, 3.0]).log().expand(3, 2)
+    losses = quality_focal_loss(logits, torch.tensor([0, 2, 1]), torch.tensor([1.0, 0.3, 0.75]))
+    first, second = math.log(2) / 4, math.log(4) * 9 / 16
+    torch.testing.assert_close(losses, torch.tensor([first + second, first + second, first]))
+    plain = quality_focal_loss(logits[:1], torch.tensor([1]), torch.tensor([1.0]), beta=0.0)
+    torch.testing.assert_close(plain, torch.tensor([math.log(2) + math.log(4 / 3)]))  # binary cross entropy
+
+
+def test_distribution_focal_loss_by_hand() -> None:
+    """Bins of probability 1/4, 1/2, 1/4; the target 0.25 is 3/4 of the first and 1/4 of the second bin."""
+    logits = torch.tensor([1.0, 2.0, 1.0]).log().expand(2, 3)
+    losses = distribution_focal_loss(logits, torch.tensor([0.25, 1.0]))
+    torch.testing.assert_close(losses, torch.tensor([0.75 * math.log(4) + 0.25 * math.log(2), math.log(2)]))
+
+
+def test_integral_box_transform_by_hand() -> None:
+    """An anchor of stride 4 around (10, 20); the distances 1, 0, 2 and 1.25 strides are expectations over 0, 1, 2."""
+    coder = IntegralBoxTransform(reg_max=2)
+    anchor = torch.tensor([[-6.0, 4.0, 26.0, 36.0]])
+    probs = torch.tensor([[1 / 4, 1 / 2, 1 / 4], [1, 0, 0], [0, 0, 1], [1 / 4, 1 / 4, 1 / 2]])
+    box = torch.tensor([[10.0 - 4, 20.0, 10.0 + 8, 20.0 + 5]])
+    logits = probs.log().clamp(min=-100).view(1, 12)
+    torch.testing.assert_close(coder.apply_deltas(logits, anchor), box)
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # which would run a matrix product in half precision
+        torch.testing.assert_close(coder.apply_deltas(logits, anchor), box)
+    # Distances stay where two bins are around them: 2 becomes 1.9; what lies outside is 0.
+    torch.testing.assert_close(coder.get_deltas(anchor, box), torch.tensor([[1.0, 0.0, 1.9, 1.25]]))
+    outside = torch.tensor([[12.0, 20.0, 14.0, 22.0]])
+    torch.testing.assert_close(coder.get_deltas(anchor, outside), torch.tensor([[0.0, 0.0, 1.0, 0.5]]))
+
+
+def test_centerness_by_hand() -> None:
+    """A centre a quarter into the width and half into the height: sqrt(1/3 * 1); on the border and outside 0."""
+    box = torch.tensor([0.0, 0.0, 4.0, 4.0])
+    anchors = torch.tensor([[0.0, 1.0, 2.0, 3.0], [-1.0, 1.0, 1.0, 3.0], [8.0, 8.0, 9.0, 9.0], [0.0, 0.0, 4.0, 4.0]])
+    torch.testing.assert_close(centerness_targets(anchors, box), torch.tensor([(1 / 3) ** 0.5, 0.0, 0.0, 1.0]))
+
+
+def test_linear_box_transform_is_detectron2s() -> None:
+    generator = torch.Generator().manual_seed(0)
+    corner, deltas = (torch.randn(20, n, generator=generator) for n in (2, 4))
+    anchors = torch.cat([corner, corner + 8], dim=1)
+    for by_size in (True, False):
+        ours, theirs = LinearBoxTransform(by_size), Box2BoxTransformLinear(by_size)
+        boxes = ours.apply_deltas(deltas, anchors)
+        assert torch.equal(boxes, theirs.apply_deltas(deltas, anchors))
+        assert torch.equal(ours.get_deltas(anchors, boxes), theirs.get_deltas(anchors, boxes))
+
+
+def test_boxes_of_no_anchors() -> None:
+    none = torch.zeros(0, 4)
+    for coder in (Box2BoxTransform((1.0, 1.0, 1.0, 1.0)), ClampedBoxTransform((1.0, 1.0, 1.0, 1.0))):
+        assert decode_boxes(coder, none, none).shape == (0, 4)
+        assert decode_boxes(coder, none, torch.zeros(3, 4)).shape == (0, 4)
 
 
 # --- the assignment against a plain reading of the paper

@@ -1,7 +1,7 @@
 """What detectron2 lacks of dense detectors."""
 
 from .atss import ATSS, ATSSHead
-from .backbone import ExtraLevels, build_extra_fpn_backbone, make_resnet
+from .backbone import ExtraLevels, LateralFPN, build_extra_fpn_backbone, make_fpn, make_resnet
 from .config import add_detector_config
 from .fcos import FCOS, FCOSHead
 from .gfl import GFL, GFLHead
@@ -14,7 +14,9 @@ __all__ = [
     "GFL",
     "GFLHead",
     "ExtraLevels",
+    "LateralFPN",
     "add_detector_config",
     "build_extra_fpn_backbone",
+    "make_fpn",
     "make_resnet",
 ]

@@ -1,25 +1,17 @@
-"""What GFL and ATSS share: one square anchor per place, labelled by ATSS, and inference with class scores first."""
+"""What GFL and ATSS share: one square anchor per place, labelled by ATSS."""
 
-import inspect
-from typing import Any, ClassVar, Dict, List, NamedTuple, Optional, Sequence, Tuple, Type
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
-from detectron2.config import CfgNode
-from detectron2.layers import batched_nms
-from detectron2.modeling import Backbone, build_backbone
+from detectron2.modeling import Backbone
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
-from detectron2.modeling.meta_arch.dense_detector import DenseDetector
-from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
 from ..dense import level_strides, mean_over_workers
-from ..errors import D2kdError
 from .atss_assign import assign_atss, starts_in_image
-
-# The same for all detectors of a config: TEST.DETECTIONS_PER_IMAGE and INPUT.FORMAT.
-_SHARED_OPTIONS = ("max_detections_per_image", "input_format")
+from .one_anchor import OneAnchorDetector, keyword_defaults
 
 
 class Positives(NamedTuple):
@@ -42,7 +34,7 @@ class Positives(NamedTuple):
     normalizer: Tensor
 
 
-class AnchorPointDetector(DenseDetector):
+class AnchorPointDetector(OneAnchorDetector):
     """A dense detector with one square anchor per place, centred where the place's cell starts.
 
     Anchors are labelled by ATSS (arXiv 1912.02424). Subclasses define ``losses`` with RetinaNet's arguments.
@@ -63,10 +55,6 @@ class AnchorPointDetector(DenseDetector):
         max_detections_per_image: detections kept after NMS.
         input_format: channel order of the images, "BGR" or "RGB".
     """
-
-    #: Name of the config node under MODEL, and the head's class that it configures.
-    config_node: ClassVar[str]
-    head_class: ClassVar[Type[RetinaNetHead]]
 
     def __init__(
         self,
@@ -100,64 +88,21 @@ class AnchorPointDetector(DenseDetector):
         self.test_nms_thresh = test_nms_thresh
         self.max_detections_per_image = max_detections_per_image
         self.input_format = input_format
-
-    @classmethod
-    def config_defaults(cls) -> Dict[str, Any]:
-        """The config node of this detector: keys and default values, from the signatures where they stand."""
-        return {
-            "NUM_CLASSES": 80,
-            "IN_FEATURES": ["p3", "p4", "p5", "p6", "p7"],
-            "NUM_CONVS": 4,
-            **{config_key(name): default for name, default in cls._head_options().items()},
-            **{config_key(name): default for name, default in cls._options().items()},
-        }
+        self.score_rule = "class"
+        self.clip_before_nms = True
 
     @classmethod
     def _options(cls) -> Dict[str, Any]:
         return keyword_defaults(cls, AnchorPointDetector)
 
-    @classmethod
-    def _head_options(cls) -> Dict[str, Any]:
-        return keyword_defaults(cls.head_class, RetinaNetHead)
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode) -> Dict[str, Any]:
-        node = cfg.MODEL[cls.config_node]
-        backbone = build_backbone(cfg)
-        shapes = backbone.output_shape()
-        input_shape = [shapes[name] for name in node.IN_FEATURES]
-        channels = input_shape[0].channels
-        if node.NORM == "GN" and channels % 32:
-            raise D2kdError(f"MODEL.{cls.config_node}.NORM GN needs MODEL.FPN.OUT_CHANNELS in 32s, not {channels}")
-        return {
-            "backbone": backbone,
-            "head": cls.head_class(
-                input_shape=input_shape,
-                num_classes=node.NUM_CLASSES,
-                conv_dims=[channels] * node.NUM_CONVS,
-                **{name: node[config_key(name)] for name in cls._head_options()},
-            ),
-            "head_in_features": node.IN_FEATURES,
-            "num_classes": node.NUM_CLASSES,
-            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
-            "pixel_std": cfg.MODEL.PIXEL_STD,
-            "max_detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
-            "input_format": cfg.INPUT.FORMAT,
-            **{name: node[config_key(name)] for name in cls._options()},
-        }
-
     def forward_training(
-        self, images: ImageList, features: List[Tensor], predictions: Sequence[List[Tensor]], gt_instances: List[Any]
+        self, images: ImageList, features: List[Tensor], predictions: List[List[Tensor]], gt_instances: List[Any]
     ) -> Dict[str, Tensor]:
         """Losses of a batch, see ``losses``."""
         anchors = self.anchor_generator(features)
         logits, deltas, *rest = self._per_anchor(predictions)
         labels, boxes = self.label_anchors(anchors, gt_instances)
         return self.losses(anchors, logits, labels, deltas, boxes, *rest)
-
-    def _per_anchor(self, predictions: Sequence[List[Tensor]]) -> List[List[Tensor]]:
-        """The head's outputs as per level (N, Hi*Wi, channels)."""
-        return self._transpose_dense_predictions(predictions, [output[0].shape[1] for output in predictions])
 
     @torch.no_grad()
     def label_anchors(self, anchors: List[Boxes], gt_instances: List[Instances]) -> Tuple[List[Tensor], List[Tensor]]:
@@ -224,79 +169,3 @@ class AnchorPointDetector(DenseDetector):
         get_event_storage().put_scalar("num_pos_anchors", len(picked) / len(labels))
         normalizer = mean_over_workers(mask.sum(1).clamp(min=1).sum().float())
         return Positives(mask, picked, torch.stack(gt_boxes)[mask], deltas, decoded, normalizer)
-
-    def forward_inference(
-        self, images: ImageList, features: List[Tensor], predictions: Sequence[List[Tensor]]
-    ) -> List[Instances]:
-        """Detections of each image, best first.
-
-        Class scores alone decide what passes the threshold and which candidates are kept; centerness, if the head
-        gives it, multiplies their scores then. Boxes are clipped to the image before NMS.
-        """
-        anchors = self.anchor_generator(features)
-        outputs = self._per_anchor(predictions)
-        return [
-            self._suppress(
-                Instances.cat(
-                    [
-                        self._candidates(level_anchors, *(output[image] for output in level), image_size=size)
-                        for level_anchors, *level in zip(anchors, *outputs)
-                    ]
-                )
-            )
-            for image, size in enumerate(images.image_sizes)
-        ]
-
-    def _candidates(
-        self,
-        anchors: Boxes,
-        logits: Tensor,
-        deltas: Tensor,
-        centerness: Optional[Tensor] = None,
-        *,
-        image_size: Tuple[int, int],
-    ) -> Instances:
-        """The candidates of one level of one image; detectron2's own cannot add centerness after its selection."""
-        scores = logits.float().sigmoid()
-        places, classes = (scores > self.test_score_thresh).nonzero(as_tuple=True)
-        best, order = scores[places, classes].topk(min(len(places), self.test_topk_candidates))
-        places, classes = places[order], classes[order]
-        if centerness is not None:
-            best = best * centerness[places, 0].float().sigmoid()
-        boxes = Boxes(self.box2box_transform.apply_deltas(deltas[places], anchors.tensor[places]))
-        return Instances(image_size, pred_boxes=boxes, scores=best, pred_classes=classes)
-
-    def _suppress(self, found: Instances) -> Instances:
-        found.pred_boxes.clip(found.image_size)
-        found = found[found.pred_boxes.nonempty()]
-        keep = batched_nms(found.pred_boxes.tensor, found.scores, found.pred_classes, self.test_nms_thresh)
-        return found[keep[: self.max_detections_per_image]]
-
-
-def drop_tower_biases(head: RetinaNetHead) -> None:
-    """Takes the biases of convolutions that a norm follows, as the published heads have none there."""
-    for tower in (head.cls_subnet, head.bbox_subnet):
-        for layer, following in zip(tower, tower[1:]):
-            if isinstance(layer, nn.Conv2d) and not isinstance(following, nn.ReLU):
-                layer.bias = None
-
-
-def scale_levels(scales: Tensor, levels: List[Tensor]) -> List[Tensor]:
-    """Multiplies each level's map with its scale, of (L,)."""
-    return [scale * level for scale, level in zip(scales, levels)]
-
-
-def keyword_defaults(cls: type, base: type) -> Dict[str, Any]:
-    """Keyword arguments with defaults of a class and its bases, as far up as ``base``."""
-    found: Dict[str, Any] = {}
-    for parent in reversed(cls.__mro__):
-        if issubclass(parent, base) and "__init__" in vars(parent):
-            found.update(inspect.signature(parent.__init__).parameters)
-    defaults = {name: p.default for name, p in found.items() if p.default is not inspect.Parameter.empty}
-    return {name: value for name, value in defaults.items() if value is not None and name not in _SHARED_OPTIONS}
-
-
-def config_key(name: str) -> str:
-    """The config key of a keyword argument; detectron2 says SCORE_THRESH_TEST for ``test_score_thresh``."""
-    test, _, option = name.partition("test_")
-    return f"{option}_TEST".upper() if option and not test else name.upper()

@@ -3,23 +3,23 @@
 arXiv 1912.02424, the variant with one square anchor per place.
 """
 
-from typing import Any, Callable, ClassVar, Dict, List, Tuple, Union
+from typing import Any, Callable, Dict, List, Tuple, Union
 
 import torch
 import torch.nn.functional as F
 from detectron2.config import configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import META_ARCH_REGISTRY
-from detectron2.modeling.box_regression import Box2BoxTransformLinear
 from detectron2.modeling.meta_arch.fcos import FCOSHead
 from detectron2.structures import Boxes
 from fvcore.nn import sigmoid_focal_loss
 from torch import Tensor, nn
 
 from ..dense import mean_over_workers
-from ..losses import giou_loss
-from .anchor_points import AnchorPointDetector, drop_tower_biases, scale_levels
+from ..losses import centerness_targets, giou_loss
+from .anchor_points import AnchorPointDetector
 from .coders import ClampedBoxTransform
+from .one_anchor import drop_tower_biases
 
 DELTA_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 
@@ -56,8 +56,13 @@ class ATSSHead(FCOSHead):
             Each per level: class logits (N, K, Hi, Wi), scaled box deltas (N, 4, Hi, Wi), centerness logits
             (N, 1, Hi, Wi).
         """
-        logits, deltas, centerness = super().forward(features)
-        return logits, scale_levels(self.scales, deltas), centerness
+        logits, deltas, centerness = [], [], []
+        for level, feature in enumerate(features):
+            box_feature = self.bbox_subnet(feature)
+            logits.append(self.cls_score(self.cls_subnet(feature)))
+            deltas.append(self.scales[level] * self.bbox_pred(box_feature))
+            centerness.append(self.ctrness(box_feature))
+        return logits, deltas, centerness
 
 
 @META_ARCH_REGISTRY.register()
@@ -73,7 +78,7 @@ class ATSS(AnchorPointDetector):
         **kwargs: see :class:`AnchorPointDetector`.
     """
 
-    config_node: ClassVar[str] = "ATSS"
+    config_node = "ATSS"
     head_class = ATSSHead
 
     @configurable
@@ -88,6 +93,7 @@ class ATSS(AnchorPointDetector):
         **kwargs: Any,
     ) -> None:
         super().__init__(box2box_transform=ClampedBoxTransform(weights=DELTA_WEIGHTS), **kwargs)
+        self.score_rule = "product"
         self.focal_loss_alpha = focal_loss_alpha
         self.focal_loss_gamma = focal_loss_gamma
         self.cls_weight = cls_weight
@@ -131,18 +137,3 @@ class ATSS(AnchorPointDetector):
         return sigmoid_focal_loss(
             logits.float(), one_hot, alpha=self.focal_loss_alpha, gamma=self.focal_loss_gamma, reduction="sum"
         )
-
-
-def centerness_targets(anchors: Tensor, boxes: Tensor) -> Tensor:
-    """How central anchors lie in their boxes, FCOS, arXiv 1904.01355, equation 3.
-
-    Args:
-        anchors: (P, 4); their centres lie inside the boxes.
-        boxes: (P, 4).
-
-    Returns:
-        (P,), above 0, 1 in the middle.
-    """
-    sides = Box2BoxTransformLinear(normalize_by_size=False).get_deltas(anchors, boxes)
-    pairs = sides.view(-1, 2, 2)  # (left, top), (right, bottom)
-    return (pairs.amin(1) / pairs.amax(1)).prod(1).sqrt()

@@ -1,17 +1,18 @@
 """ResNets of any width and depth, and FPNs with a choice of how the extra levels are made."""
 
-from typing import List, Sequence
+import string
+from typing import Dict, List, Sequence
 
 import torch.nn.functional as F
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import BACKBONE_REGISTRY
+from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from detectron2.modeling.backbone import FPN
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, BottleneckBlock, ResNet
 from fvcore.nn import weight_init
 from torch import Tensor, nn
 
-from ..errors import D2kdError
+from ..errors import D2kdError, check_choice
 
 BLOCKS_OF_DEPTH = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 
@@ -25,7 +26,7 @@ class ExtraLevels(nn.Module):
     Args:
         in_channels: channels of ``in_feature``.
         out_channels: channels of the new levels.
-        in_feature: the bottom-up feature ("res5") or FPN level ("p5") that they start from.
+        in_feature: what they start from, see :func:`make_fpn`. They are named after it: p6 follows on "res5".
         num_levels: how many.
         relu: put a ReLU between them.
     """
@@ -40,7 +41,7 @@ class ExtraLevels(nn.Module):
         for level in range(num_levels):
             conv = nn.Conv2d(out_channels if level else in_channels, out_channels, 3, stride=2, padding=1)
             weight_init.c2_xavier_fill(conv)
-            self.add_module(f"p{6 + level}", conv)
+            self.add_module(f"p{_stage(in_feature) + 1 + level}", conv)
 
     def forward(self, x: Tensor) -> List[Tensor]:
         """Returns the new levels of an input (N, C, H, W), each half the size of the one before, rounded up."""
@@ -95,6 +96,69 @@ def make_resnet(
     return ResNet(stem, stages, out_features=list(out_features), freeze_at=freeze_at)
 
 
+class LateralFPN(FPN):
+    """An FPN whose extra levels start from the output of the last 1x1 lateral convolution."""
+
+    def forward(self, x: Tensor) -> Dict[str, Tensor]:
+        """Returns the levels of images (N, 3, H, W) by name, high to low resolution."""
+        stages = self.bottom_up(x)
+        merged = self.lateral_convs[0](stages[self.in_features[-1]])
+        levels = [self.output_convs[0](merged)] + self.top_block(merged)
+        for index, (lateral, output) in enumerate(zip(self.lateral_convs, self.output_convs)):
+            if index > 0:
+                above = F.interpolate(merged, scale_factor=2.0, mode="nearest")
+                merged = lateral(stages[self.in_features[-1 - index]]) + above
+                if self._fuse_type == "avg":
+                    merged = merged / 2
+                levels.insert(0, output(merged))
+        return dict(zip(self._out_features, levels))
+
+
+def make_fpn(
+    bottom_up: Backbone,
+    in_features: Sequence[str],
+    out_channels: int,
+    norm: str = "",
+    fuse_type: str = "sum",
+    extra_in_feature: str = "p5",
+    num_extra: int = 2,
+    relu: bool = False,
+) -> FPN:
+    """Makes an FPN with extra levels on top.
+
+    Args:
+        bottom_up: a ResNet.
+        in_features: consecutive stages of it; level p3 is made from res3, and so on.
+        out_channels: channels of the levels.
+        norm: of lateral and output convolutions, see detectron2's ``get_norm``.
+        fuse_type: "sum" or "avg" of lateral and upper level.
+        extra_in_feature: what the extra levels start from, for stages up to res5: "res5", the stage itself; "p5", its
+            level; "lateral5", the output of its 1x1 lateral convolution.
+        num_extra: number of extra levels.
+        relu: put a ReLU between extra levels.
+
+    Raises:
+        D2kdError: there is no such stage, or the extra levels cannot start there.
+    """
+    shapes = bottom_up.output_shape()
+    for name in in_features:
+        check_choice("a stage of MODEL.FPN.IN_FEATURES", name, shapes)
+    stages = [_stage(name) for name in in_features]
+    last = stages[-1]
+    if stages != list(range(stages[0], last + 1)):
+        raise D2kdError(f"MODEL.FPN.IN_FEATURES {', '.join(in_features)} leaves stages out or is not in order")
+    check_choice("MODEL.FPN.EXTRA.IN_FEATURE", extra_in_feature, [f"res{last}", f"p{last}", f"lateral{last}"])
+    in_channels = shapes[extra_in_feature].channels if extra_in_feature in shapes else out_channels
+    extra = ExtraLevels(in_channels, out_channels, extra_in_feature, num_extra, relu)
+    fpn_class = LateralFPN if extra_in_feature.startswith("lateral") else FPN
+    return fpn_class(bottom_up, list(in_features), out_channels, norm, extra, fuse_type)
+
+
+def _stage(feature: str) -> int:
+    """The number in "res5", "p5" or "lateral5"."""
+    return int(feature.lstrip(string.ascii_letters))
+
+
 @BACKBONE_REGISTRY.register()
 def build_extra_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """Builds ResNet and FPN with ``MODEL.RESNETS`` (DEPTH, BLOCKS, STEM_OUT_CHANNELS) and ``MODEL.FPN.EXTRA``."""
@@ -111,8 +175,13 @@ def build_extra_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
         stride_in_1x1=resnets.STRIDE_IN_1X1,
         in_channels=input_shape.channels,
     )
-    shapes = bottom_up.output_shape()
-    in_feature = fpn.EXTRA.IN_FEATURE
-    in_channels = shapes[in_feature].channels if in_feature in shapes else fpn.OUT_CHANNELS
-    extra = ExtraLevels(in_channels, fpn.OUT_CHANNELS, in_feature, fpn.EXTRA.NUM_LEVELS, fpn.EXTRA.RELU)
-    return FPN(bottom_up, fpn.IN_FEATURES, fpn.OUT_CHANNELS, fpn.NORM, extra, fpn.FUSE_TYPE)
+    return make_fpn(
+        bottom_up,
+        fpn.IN_FEATURES,
+        fpn.OUT_CHANNELS,
+        norm=fpn.NORM,
+        fuse_type=fpn.FUSE_TYPE,
+        extra_in_feature=fpn.EXTRA.IN_FEATURE,
+        num_extra=fpn.EXTRA.NUM_LEVELS,
+        relu=fpn.EXTRA.RELU,
+    )

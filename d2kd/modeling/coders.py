@@ -1,12 +1,44 @@
-"""Box coders that detectron2 lacks, with the interface of its ``Box2BoxTransform``."""
+"""Box coders that detectron2 lacks, with the interface of its ``Box2BoxTransform``, and fit for TorchScript."""
 
 from typing import Tuple
 
 import torch
-from detectron2.modeling.box_regression import Box2BoxTransform, Box2BoxTransformLinear
+from detectron2.modeling.box_regression import Box2BoxTransform
 from torch import Tensor
 
-from ..dense import decode_boxes
+from ..dense import clamp_log_sizes
+
+
+class LinearBoxTransform:
+    """Boxes as the distances of their sides from an anchor's centre, arXiv 1904.01355 (FCOS).
+
+    detectron2's ``Box2BoxTransformLinear``, which TorchScript cannot compile.
+
+    Args:
+        normalize_by_size: the unit is the anchor's width and height instead of a pixel.
+    """
+
+    def __init__(self, normalize_by_size: bool = True) -> None:
+        self.normalize_by_size = normalize_by_size
+
+    def apply_deltas(self, deltas: Tensor, boxes: Tensor) -> Tensor:
+        """Decodes distances (M, 4) left, top, right, bottom of anchors (M, 4) to XYXY boxes; negative ones are 0."""
+        distances = deltas.relu() * self._units(boxes).to(deltas.dtype)
+        centres = self._centres(boxes).to(deltas.dtype)
+        return torch.cat([centres - distances[:, :2], centres + distances[:, 2:]], dim=1)
+
+    def get_deltas(self, src_boxes: Tensor, target_boxes: Tensor) -> Tensor:
+        """Distances (M, 4) of the sides of boxes (M, 4) from the centres of anchors (M, 4); negative if outside."""
+        centres = self._centres(src_boxes)
+        distances = torch.cat([centres - target_boxes[:, :2], target_boxes[:, 2:] - centres], dim=1)
+        return distances / self._units(src_boxes)
+
+    def _centres(self, boxes: Tensor) -> Tensor:
+        return 0.5 * (boxes[:, :2] + boxes[:, 2:])
+
+    def _units(self, boxes: Tensor) -> Tensor:
+        sizes = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
+        return sizes if self.normalize_by_size else torch.ones_like(sizes)
 
 
 class IntegralBoxTransform:
@@ -23,7 +55,7 @@ class IntegralBoxTransform:
     def __init__(self, reg_max: int = 16, anchor_scale: float = 8.0) -> None:
         self.reg_max = reg_max
         self.anchor_scale = anchor_scale
-        self._distances = Box2BoxTransformLinear(normalize_by_size=True)
+        self._distances = LinearBoxTransform(True)
 
     def apply_deltas(self, deltas: Tensor, boxes: Tensor) -> Tensor:
         """Decodes distributions.
@@ -35,9 +67,9 @@ class IntegralBoxTransform:
         Returns:
             (M, 4) XYXY boxes in pixels, float32.
         """
-        probs = deltas.float().unflatten(-1, (4, self.reg_max + 1)).softmax(-1)
+        probs = deltas.float().unflatten(1, [4, self.reg_max + 1]).softmax(-1)
         bins = torch.arange(self.reg_max + 1, dtype=probs.dtype, device=probs.device)
-        return self._distances.apply_deltas(probs @ bins / self.anchor_scale, boxes)
+        return self._distances.apply_deltas((probs * bins).sum(-1) / self.anchor_scale, boxes)
 
     def get_deltas(self, src_boxes: Tensor, target_boxes: Tensor) -> Tensor:
         """Distances of boxes' sides from anchors' centres.
@@ -61,13 +93,12 @@ class ClampedBoxTransform:
     """
 
     def __init__(self, weights: Tuple[float, float, float, float]) -> None:
-        self._transform = Box2BoxTransform(weights=weights)
+        self._transform = Box2BoxTransform(weights)
 
     def apply_deltas(self, deltas: Tensor, boxes: Tensor) -> Tensor:
         """Decodes deltas (M, 4) of anchors (M, 4) to XYXY boxes (M, 4) in pixels, float32."""
-        if len(deltas) == 0:  # decode_boxes divides by the number of anchors
-            return deltas.float()
-        return decode_boxes(self._transform, deltas.float(), boxes)
+        transform = self._transform
+        return transform.apply_deltas(clamp_log_sizes(deltas.float(), transform.weights, transform.scale_clamp), boxes)
 
     def get_deltas(self, src_boxes: Tensor, target_boxes: Tensor) -> Tensor:
         """Deltas (M, 4) that turn anchors (M, 4) into boxes (M, 4)."""

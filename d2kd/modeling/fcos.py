@@ -10,26 +10,24 @@ place whose farthest side lies at exactly the distance that divides two levels i
 whose areas differ by less than 8 squared pixels the first wins, not surely the smallest.
 """
 
-from typing import Any, Callable, ClassVar, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn.functional as F
-from detectron2.config import CfgNode, configurable
-from detectron2.layers import ShapeSpec, batched_nms
-from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
-from detectron2.modeling.box_regression import Box2BoxTransformLinear
+from detectron2.config import configurable
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import META_ARCH_REGISTRY, Backbone
 from detectron2.modeling.meta_arch import fcos
-from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
-from detectron2.structures import Boxes, ImageList, Instances
+from detectron2.structures import Boxes
 from fvcore.nn import sigmoid_focal_loss_jit
 from torch import Tensor, nn
 
 from ..dense import decode_boxes, mean_over_workers
-from ..errors import D2kdError
-from ..losses import giou_loss, iou_log_loss
-from .anchor_points import config_key, drop_tower_biases, keyword_defaults, scale_levels
+from ..errors import D2kdError, check_choice
+from ..losses import BOX_LOSSES, centerness_targets
+from .coders import LinearBoxTransform
+from .one_anchor import OneAnchorDetector, drop_tower_biases, keyword_defaults
 
-BOX_LOSSES = {"giou": giou_loss, "iou_log": iou_log_loss}
 LOSS_NORMALIZERS = ("ema", "batch")
 SCORE_RULES = ("sqrt", "product")
 
@@ -79,20 +77,21 @@ class FCOSHead(fcos.FCOSHead):
             the box (N, 4, Hi, Wi), see the class; centerness logits (N, 1, Hi, Wi).
         """
         logits, distances, centerness = [], [], []
-        for feature in features:
+        for level, feature in enumerate(features):
             cls_feature, box_feature = self.cls_subnet(feature), self.bbox_subnet(feature)
             logits.append(self.cls_score(cls_feature))
-            distances.append(self.bbox_pred(box_feature))
             centerness.append(self.ctrness(cls_feature if self.ctrness_on_cls else box_feature))
-        if self.scales is not None:
-            distances = scale_levels(self.scales, distances)
-        if self.box_exp:  # in float32: half precision overflows above 11
-            distances = [level.float().exp() for level in distances]
+            distance = self.bbox_pred(box_feature)
+            if self.scales is not None:
+                distance = self.scales[level] * distance
+            if self.box_exp:  # in float32: half precision overflows above 11
+                distance = distance.float().exp()
+            distances.append(distance)
         return logits, distances, centerness
 
 
 @META_ARCH_REGISTRY.register()
-class FCOS(fcos.FCOS):
+class FCOS(OneAnchorDetector, fcos.FCOS):
     """detectron2's FCOS, built from ``MODEL.FCOS`` too and with the options of published recipes.
 
     Args:
@@ -120,7 +119,8 @@ class FCOS(fcos.FCOS):
         D2kdError: an option has none of its values, or the head's ``box_exp`` is another.
     """
 
-    config_node: ClassVar[str] = "FCOS"
+    config_node = "FCOS"
+    head_class = FCOSHead
 
     @configurable
     def __init__(
@@ -141,9 +141,9 @@ class FCOS(fcos.FCOS):
         input_format: str = "BGR",
         **kwargs: Any,
     ) -> None:
-        _check_choice("BOX_REG_LOSS_TYPE", box_reg_loss_type, BOX_LOSSES)
-        _check_choice("LOSS_NORMALIZER", loss_normalizer, LOSS_NORMALIZERS)
-        _check_choice("SCORE_RULE", score_rule, SCORE_RULES)
+        check_choice("MODEL.FCOS.BOX_REG_LOSS_TYPE", box_reg_loss_type, BOX_LOSSES)
+        check_choice("MODEL.FCOS.LOSS_NORMALIZER", loss_normalizer, LOSS_NORMALIZERS)
+        check_choice("MODEL.FCOS.SCORE_RULE", score_rule, SCORE_RULES)
         if getattr(head, "box_exp", False) != box_exp:
             raise D2kdError(f"FCOS has box_exp={box_exp} and its head the other; give both the same")
         super().__init__(
@@ -153,7 +153,7 @@ class FCOS(fcos.FCOS):
             pixel_mean=pixel_mean,
             pixel_std=pixel_std,
             head_in_features=None if head_in_features is None else list(head_in_features),
-            box2box_transform=Box2BoxTransformLinear(normalize_by_size=not box_exp),
+            box2box_transform=LinearBoxTransform(normalize_by_size=not box_exp),
             center_sampling_radius=center_sampling_radius or float("inf"),
             **kwargs,
         )
@@ -164,42 +164,8 @@ class FCOS(fcos.FCOS):
         self.input_format = input_format
 
     @classmethod
-    def config_defaults(cls) -> Dict[str, Any]:
-        """The config node of this detector: keys and default values, from the signatures where they stand."""
-        options = {**keyword_defaults(FCOSHead, RetinaNetHead), **keyword_defaults(FCOS, fcos.FCOS)}
-        return {
-            "NUM_CLASSES": 80,
-            "IN_FEATURES": ["p3", "p4", "p5", "p6", "p7"],
-            "NUM_CONVS": 4,
-            **{config_key(name): default for name, default in options.items()},
-        }
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode) -> Dict[str, Any]:
-        node = cfg.MODEL[cls.config_node]
-        backbone = build_backbone(cfg)
-        shapes = backbone.output_shape()
-        input_shape = [shapes[name] for name in node.IN_FEATURES]
-        channels = input_shape[0].channels
-        if node.NORM == "GN" and channels % 32:
-            raise D2kdError(f"MODEL.FCOS.NORM GN needs MODEL.FPN.OUT_CHANNELS in 32s, not {channels}")
-        head = FCOSHead(
-            input_shape=input_shape,
-            conv_dims=[channels] * node.NUM_CONVS,
-            num_classes=node.NUM_CLASSES,
-            **{name: node[config_key(name)] for name in keyword_defaults(FCOSHead, RetinaNetHead)},
-        )
-        return {
-            "backbone": backbone,
-            "head": head,
-            "head_in_features": node.IN_FEATURES,
-            "num_classes": node.NUM_CLASSES,
-            "max_detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
-            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
-            "pixel_std": cfg.MODEL.PIXEL_STD,
-            "input_format": cfg.INPUT.FORMAT,
-            **{name: node[config_key(name)] for name in keyword_defaults(FCOS, fcos.FCOS)},
-        }
+    def _options(cls) -> Dict[str, Any]:
+        return keyword_defaults(cls, fcos.FCOS)
 
     def losses(
         self,
@@ -239,7 +205,7 @@ class FCOS(fcos.FCOS):
             gamma=self.focal_loss_gamma,
             reduction="sum",
         )
-        targets = self.compute_ctrness_targets(anchors, gt_boxes)[positive]
+        targets = centerness_targets(Boxes.cat(anchors).tensor, torch.stack(gt_boxes))[positive]
         centerness = torch.cat(pred_centerness, dim=1).squeeze(2)[positive]
         ctr_loss = F.binary_cross_entropy_with_logits(centerness, targets, reduction="sum")
         box_losses = self._box_losses(anchors, torch.cat(pred_anchor_deltas, dim=1), gt_boxes, positive)
@@ -255,56 +221,6 @@ class FCOS(fcos.FCOS):
         boxes = decode_boxes(self.box2box_transform, deltas.flatten(0, 1), Boxes.cat(anchors).tensor)
         return BOX_LOSSES[self.box_reg_loss_type](boxes.view_as(deltas)[positive], torch.stack(gt_boxes)[positive])
 
-    def forward_inference(
-        self, images: ImageList, features: List[Tensor], predictions: Sequence[List[Tensor]]
-    ) -> List[Instances]:
-        """Detections of each image, best first; see ``score_rule`` and ``clip_before_nms``."""
-        if self.score_rule == "sqrt":
-            return super().forward_inference(images, features, predictions)
-        dense = self._transpose_dense_predictions(predictions, [self.num_classes, 4, 1])
-        anchors = self.anchor_generator(features)
-        results = []
-        for i, size in enumerate(images.image_sizes):
-            levels = [
-                self._candidates(boxes, logits[i].sigmoid(), deltas[i], ctr[i, :, 0].sigmoid(), size)
-                for boxes, logits, deltas, ctr in zip(anchors, *dense)
-            ]
-            results.append(self._suppress(Instances.cat(levels)))
-        return results
-
-    def _candidates(
-        self, anchors: Boxes, scores: Tensor, deltas: Tensor, centerness: Tensor, image_size: Tuple[int, int]
-    ) -> Instances:
-        """The candidates of one level: chosen by class score, scored by its product with centerness."""
-        places, classes = (scores > self.test_score_thresh).nonzero(as_tuple=True)
-        kept = scores[places, classes].topk(min(len(places), self.test_topk_candidates))
-        places, classes = places[kept.indices], classes[kept.indices]
-        boxes = self.box2box_transform.apply_deltas(deltas[places], anchors.tensor[places])
-        scores = kept.values * centerness[places]
-        return Instances(image_size, pred_boxes=Boxes(boxes), scores=scores, pred_classes=classes)
-
-    def inference_single_image(
-        self, anchors: List[Boxes], box_cls: List[Tensor], box_delta: List[Tensor], image_size: Tuple[int, int]
-    ) -> Instances:
-        """As detectron2's, with ``clip_before_nms``."""
-        return self._suppress(
-            self._decode_multi_level_predictions(
-                anchors, box_cls, box_delta, self.test_score_thresh, self.test_topk_candidates, image_size
-            )
-        )
-
-    def _suppress(self, found: Instances) -> Instances:
-        if self.clip_before_nms:
-            found.pred_boxes.clip(found.image_size)
-            found = found[found.pred_boxes.nonempty()]
-        keep = batched_nms(found.pred_boxes.tensor, found.scores, found.pred_classes, self.test_nms_thresh)
-        return found[keep[: self.max_detections_per_image]]
-
 
 def _named(cls_loss: Tensor, box_loss: Tensor, ctr_loss: Tensor) -> Dict[str, Tensor]:
     return {"loss_fcos_cls": cls_loss, "loss_fcos_loc": box_loss, "loss_fcos_ctr": ctr_loss}
-
-
-def _check_choice(key: str, value: str, choices: Any) -> None:
-    if value not in choices:
-        raise D2kdError(f"MODEL.FCOS.{key} is {value!r}; use one of {', '.join(choices)}")

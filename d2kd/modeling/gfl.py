@@ -3,7 +3,7 @@
 Class scores learn the IoU of their box, and each side of a box is a distribution of distances.
 """
 
-from typing import Any, Callable, ClassVar, Dict, List, Tuple, Union
+from typing import Any, Callable, Dict, List, Tuple, Union
 
 import torch
 from detectron2.config import configurable
@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from ..dense import mean_over_workers
 from ..losses import distribution_focal_loss, giou_loss, quality_focal_loss
-from .anchor_points import AnchorPointDetector, Positives, drop_tower_biases, scale_levels
+from .anchor_points import AnchorPointDetector, Positives
 from .coders import IntegralBoxTransform
+from .one_anchor import drop_tower_biases
 
 
 class GFLHead(RetinaNetHead):
@@ -67,8 +68,11 @@ class GFLHead(RetinaNetHead):
             Each per level: class logits (N, K, Hi, Wi), and logits of the distances of the left, top, right and bottom
             side (N, 4*(reg_max+1), Hi, Wi), scaled.
         """
-        logits, distributions = super().forward(features)
-        return logits, scale_levels(self.scales, distributions)
+        logits, distributions = [], []
+        for level, feature in enumerate(features):
+            logits.append(self.cls_score(self.cls_subnet(feature)))
+            distributions.append(self.scales[level] * self.bbox_pred(self.bbox_subnet(feature)))
+        return logits, distributions
 
 
 @META_ARCH_REGISTRY.register()
@@ -85,7 +89,7 @@ class GFL(AnchorPointDetector):
         **kwargs: see :class:`AnchorPointDetector`.
     """
 
-    config_node: ClassVar[str] = "GFL"
+    config_node = "GFL"
     head_class = GFLHead
 
     @configurable

@@ -1,0 +1,157 @@
+"""What GFL, ATSS and FCOS share: one anchor per place, a config node made from signatures, and inference.
+
+What inference runs is written for TorchScript and tracing: plain loops, no ``super()``, no ``Sequence``.
+"""
+
+import inspect
+from typing import Any, ClassVar, Dict, List, Tuple, Type
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.layers import batched_nms
+from detectron2.modeling import build_backbone
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
+from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
+from detectron2.structures import Boxes, ImageList, Instances
+from torch import Tensor, nn
+
+from ..errors import D2kdError, check_choice
+
+# The same for all detectors of a config: TEST.DETECTIONS_PER_IMAGE and INPUT.FORMAT.
+_SHARED_OPTIONS = ("max_detections_per_image", "input_format")
+
+
+class OneAnchorDetector(DenseDetector):
+    """A dense detector with one anchor per place; a base or mixin for those that follow.
+
+    Subclasses set these in their ``__init__`` (TorchScript does not see attributes of the class): RetinaNet's
+    ``anchor_generator``, ``box2box_transform`` and test options; ``score_rule``, what detections are ranked by ("class"
+    score alone, or as :class:`FCOS` has it); ``clip_before_nms``, as :class:`FCOS` has it.
+    """
+
+    #: Name of the config node under MODEL, and the head's class that it configures.
+    config_node: ClassVar[str]
+    head_class: ClassVar[Type[RetinaNetHead]]
+
+    @classmethod
+    def config_defaults(cls) -> Dict[str, Any]:
+        """The config node of this detector: keys and default values, from the signatures where they stand."""
+        options = {**cls._head_options(), **cls._options()}
+        return {
+            "NUM_CLASSES": 80,
+            "IN_FEATURES": ["p3", "p4", "p5", "p6", "p7"],
+            "NUM_CONVS": 4,
+            **{config_key(name): default for name, default in options.items()},
+        }
+
+    @classmethod
+    def _options(cls) -> Dict[str, Any]:
+        """The detector's own keys of its node, with defaults."""
+        raise NotImplementedError
+
+    @classmethod
+    def _head_options(cls) -> Dict[str, Any]:
+        return keyword_defaults(cls.head_class, RetinaNetHead)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> Dict[str, Any]:
+        node = cfg.MODEL[cls.config_node]
+        backbone = build_backbone(cfg)
+        shapes = backbone.output_shape()
+        for name in node.IN_FEATURES:
+            check_choice(f"a level of MODEL.{cls.config_node}.IN_FEATURES", name, shapes)
+        input_shape = [shapes[name] for name in node.IN_FEATURES]
+        channels = input_shape[0].channels
+        if node.NORM == "GN" and channels % 32:
+            raise D2kdError(f"MODEL.{cls.config_node}.NORM GN needs MODEL.FPN.OUT_CHANNELS in 32s, not {channels}")
+        return {
+            "backbone": backbone,
+            "head": cls.head_class(
+                input_shape=input_shape,
+                num_classes=node.NUM_CLASSES,
+                conv_dims=[channels] * node.NUM_CONVS,
+                **{name: node[config_key(name)] for name in cls._head_options()},
+            ),
+            "head_in_features": node.IN_FEATURES,
+            "num_classes": node.NUM_CLASSES,
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
+            "max_detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
+            "input_format": cfg.INPUT.FORMAT,
+            **{name: node[config_key(name)] for name in cls._options()},
+        }
+
+    def _per_anchor(self, predictions: List[List[Tensor]]) -> List[List[Tensor]]:
+        """The head's outputs as per level (N, Hi*Wi, channels)."""
+        return self._transpose_dense_predictions(predictions, [output[0].shape[1] for output in predictions])
+
+    def forward_inference(
+        self, images: ImageList, features: List[Tensor], predictions: List[List[Tensor]]
+    ) -> List[Instances]:
+        """Detections of each image, best first.
+
+        Args:
+            images: what the features were made of; its sizes count.
+            features: per level (N, C, Hi, Wi).
+            predictions: class logits, box predictions and maybe centerness logits, each per level
+                (N, channels, Hi, Wi).
+
+        Returns:
+            Of each image ``pred_boxes``, ``scores`` and ``pred_classes``, in the image's own pixels.
+        """
+        anchors = self.anchor_generator(features)
+        outputs = self._per_anchor(predictions)
+        results: List[Instances] = []
+        for image, size in enumerate(images.image_sizes):
+            found: List[Instances] = []
+            for level, boxes in enumerate(anchors):
+                found.append(self._candidates(boxes, [output[level][image] for output in outputs], size))
+            results.append(self._suppress(found[0].cat(found)))
+        return results
+
+    def _candidates(self, anchors: Boxes, outputs: List[Tensor], image_size: Tuple[int, int]) -> Instances:
+        """The candidates of one level of one image; detectron2's own cannot add centerness after its selection."""
+        scores = outputs[0].float().sigmoid()
+        if self.score_rule == "sqrt":
+            scores = torch.sqrt(scores * outputs[2].float().sigmoid())
+        above = scores > self.test_score_thresh
+        # Sorted and then cut, because top-k of a number that depends on the image cannot be traced.
+        best, order = scores[above].sort(descending=True, stable=True)
+        best, order = best[: self.test_topk_candidates], order[: self.test_topk_candidates]
+        places, classes = above.nonzero()[order].unbind(1)
+        if self.score_rule == "product":
+            best = best * outputs[2][places, 0].float().sigmoid()
+        boxes = Boxes(self.box2box_transform.apply_deltas(outputs[1][places], anchors.tensor[places]))
+        return Instances(image_size, pred_boxes=boxes, scores=best, pred_classes=classes)
+
+    def _suppress(self, found: Instances) -> Instances:
+        """The detections among an image's candidates, best first."""
+        if self.clip_before_nms:
+            found.pred_boxes.clip(found.image_size)
+            found = found[found.pred_boxes.nonempty()]
+        keep = batched_nms(found.pred_boxes.tensor, found.scores, found.pred_classes, self.test_nms_thresh)
+        return found[keep[: self.max_detections_per_image]]
+
+
+def drop_tower_biases(head: RetinaNetHead) -> None:
+    """Takes the biases of convolutions that a norm follows, as the published heads have none there."""
+    for tower in (head.cls_subnet, head.bbox_subnet):
+        for layer, following in zip(tower, tower[1:]):
+            if isinstance(layer, nn.Conv2d) and not isinstance(following, nn.ReLU):
+                layer.bias = None
+
+
+def keyword_defaults(cls: type, base: type) -> Dict[str, Any]:
+    """Keyword arguments with defaults of a class and its bases, as far up as ``base``."""
+    found: Dict[str, Any] = {}
+    for parent in reversed(cls.__mro__):
+        if issubclass(parent, base) and "__init__" in vars(parent):
+            found.update(inspect.signature(parent.__init__).parameters)
+    defaults = {name: p.default for name, p in found.items() if p.default is not inspect.Parameter.empty}
+    return {name: value for name, value in defaults.items() if value is not None and name not in _SHARED_OPTIONS}
+
+
+def config_key(name: str) -> str:
+    """The config key of a keyword argument; detectron2 says SCORE_THRESH_TEST for ``test_score_thresh``."""
+    test, _, option = name.partition("test_")
+    return f"{option}_TEST".upper() if option and not test else name.upper()
