@@ -1,40 +1,67 @@
 """Configs: every one merges, builds and reloads; every mistake gets its sentence."""
 
+from inspect import isfunction
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from detectron2.config import LazyConfig, get_cfg, instantiate
-from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.modeling import META_ARCH_REGISTRY, build_model
+from detectron2.solver import build_lr_scheduler
+from omegaconf import ListConfig
 from small import CONFIGS, save_teacher
+from torch.overrides import TorchFunctionMode
 
 from d2kd import add_distill_config
 from d2kd.config import find_config, load_config
+from d2kd.engine import Trainer
 from d2kd.engine.lazy_run import check_override
 from d2kd.errors import D2kdError
 from d2kd.methods import method_defaults, method_names
 
 YAMLS = sorted(CONFIGS.glob("*.yaml"))
 LAZIES = sorted((CONFIGS / "lazy").glob("*.py"))
+RECIPES = [path for path in YAMLS if not path.name.startswith(("Base-", "demo_", "quick_"))]
 
 
-@pytest.mark.parametrize("path", YAMLS, ids=lambda p: p.name)
-def test_yaml_merges_builds_and_reloads(path, monkeypatch, tmp_path):
-    """Full size, with random weights instead of a teacher's."""
+class _SkipInit(TorchFunctionMode):
+    """Leaves new parameters as they lie in memory: drawing them takes most of the time of building a model."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def untrained(monkeypatch):
+    """Builds models at full size, without weights of teachers and without initialisation."""
     from d2kd import distill
 
     monkeypatch.setattr(distill, "load_strict", lambda *_: None)
+    with _SkipInit():
+        yield
+
+
+def load_on_cpu(path):
     cfg = load_config(str(path))
     cfg.MODEL.DEVICE = "cpu"
+    return cfg
+
+
+@pytest.mark.parametrize("path", YAMLS, ids=lambda p: p.name)
+def test_yaml_merges_builds_and_reloads(path, untrained, tmp_path):
+    cfg = load_on_cpu(path)
     again = get_cfg()
     add_distill_config(again)
     (tmp_path / "config.yaml").write_text(cfg.dump())
     again.merge_from_file(str(tmp_path / "config.yaml"))
     assert yaml.safe_load(again.dump()) == yaml.safe_load(cfg.dump())
-    if path.name.startswith("Base-Retina"):
+    if path.name.startswith("Base-"):
         return  # half a config
-    model = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)(cfg)
+    assert f"output/{path.stem}" == cfg.OUTPUT_DIR
+    model = build_model(cfg)
     if cfg.MODEL.DISTILL.METHODS:
         assert model.teacher.detector.num_classes == model.num_classes
         assert Path(cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE).is_absolute()
@@ -44,37 +71,90 @@ def test_yaml_merges_builds_and_reloads(path, monkeypatch, tmp_path):
 def test_yaml_is_short_and_loads_safely(path):
     text = path.read_text()
     yaml.safe_load(text)
-    assert len([line for line in text.splitlines() if line.strip()]) <= 30
+    limit = 30 if path.name.startswith("Base-") else 12
+    assert len([line for line in text.splitlines() if line.strip()]) <= limit
+
+
+def test_every_recipe_has_a_lazy_twin():
+    assert {path.stem for path in RECIPES} == {path.stem for path in LAZIES if not path.stem.startswith("quick_")}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.name)
+def test_methods_page_names_every_recipe(path):
+    assert f"`{path.stem}`" in (CONFIGS.parent / "docs" / "methods.md").read_text()
 
 
 @pytest.mark.parametrize("path", LAZIES, ids=lambda p: p.name)
-def test_lazy_builds_and_reloads(path, monkeypatch, tmp_path):
-    from d2kd import distill
+def test_lazy_reloads_and_makes_the_model_of_its_yaml(path, untrained, tmp_path):
+    lazy = LazyConfig.load(str(path))
+    assert {"model", "train", "dataloader", "optimizer", "lr_multiplier"} <= set(lazy)
+    LazyConfig.save(lazy, str(tmp_path / "config.yaml"))
+    lazy = LazyConfig.load(str(tmp_path / "config.yaml"))
+    cfg = load_on_cpu(CONFIGS / f"{path.stem}.yaml")
+    model, twin = instantiate(lazy.model), build_model(cfg)
+    assert_same_detector(model, twin)
+    if cfg.MODEL.DISTILL.METHODS:
+        teacher = cfg.MODEL.DISTILL.TEACHER
+        assert_same_detector(model.teacher.detector, twin.teacher.detector)
+        assert model.teacher.input_format == twin.teacher.input_format
+        assert (lazy.model.teacher.config_file, lazy.model.teacher.weights) == (teacher.CONFIG_FILE, teacher.WEIGHTS)
+        assert list(model.distill) == list(twin.distill)
+        assert [public(method) for method in model.methods] == [public(method) for method in twin.methods]
+    if not path.stem.startswith("quick_"):
+        assert_same_training(lazy, model, cfg, twin)
 
-    monkeypatch.setattr(distill, "load_strict", lambda *_: None)
-    cfg = LazyConfig.load(str(path))
-    assert {"model", "train", "dataloader", "optimizer", "lr_multiplier"} <= set(cfg)
-    LazyConfig.save(cfg, str(tmp_path / "config.yaml"))
-    cfg = LazyConfig.load(str(tmp_path / "config.yaml"))
-    model = instantiate(cfg.model)
-    if "methods" in cfg.model:
-        assert model.teacher.detector.num_classes == model.num_classes
-        assert len(model.methods) == len(cfg.model.methods)
+
+def assert_same_detector(model, twin):
+    """Two detectors of the same class, with the same parameters, buffers and options."""
+    assert type(model) is type(twin)
+    shapes = [{key: value.shape for key, value in m.state_dict().items()} for m in (model, twin)]
+    assert shapes[0] == shapes[1]
+    assert torch.equal(model.pixel_mean, twin.pixel_mean)
+    assert torch.equal(model.pixel_std, twin.pixel_std)
+    for parts in zip((model, model.head, *model.backbone.modules()), (twin, twin.head, *twin.backbone.modules())):
+        own, theirs = (public(part) for part in parts)
+        assert own == theirs
 
 
-def test_yaml_and_lazy_twins_make_the_same_model(monkeypatch):
-    from d2kd import distill
+def public(thing):
+    """An object's public attributes that are options, lists and tuples alike."""
+    found = {name: value for name, value in vars(thing).items() if name[0] != "_" and is_option(value)}
+    return {name: list(v) if isinstance(v, (tuple, ListConfig)) else v for name, v in found.items()}
 
-    monkeypatch.setattr(distill, "load_strict", lambda *_: None)
-    for path in LAZIES:
-        cfg = load_config(str(CONFIGS / f"{path.stem}.yaml"))
-        cfg.MODEL.DEVICE = "cpu"
-        lazy = instantiate(LazyConfig.load(str(path)).model)
-        twin = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)(cfg)
-        shapes = [{key: value.shape for key, value in model.state_dict().items()} for model in (lazy, twin)]
-        assert shapes[0] == shapes[1], path.name
-        assert torch.equal(lazy.pixel_mean, twin.pixel_mean)
-        assert lazy.input_format == twin.input_format
+
+def is_option(value):
+    if isinstance(value, (list, tuple, ListConfig)):
+        return all(is_option(item) for item in value)
+    return isinstance(value, (bool, int, float, str)) or isfunction(value)
+
+
+def assert_same_training(lazy, model, cfg, twin):
+    """The same data, optimizer and schedule."""
+    train, test = lazy.dataloader.train, lazy.dataloader.test
+    assert (train.dataset.names, test.dataset.names) == (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
+    assert train.total_batch_size == cfg.SOLVER.IMS_PER_BATCH
+    assert {train.mapper.image_format, test.mapper.image_format} == {cfg.INPUT.FORMAT}
+    assert list(train.mapper.augmentations[0].short_edge_length) == list(cfg.INPUT.MIN_SIZE_TRAIN)
+    assert test.mapper.augmentations[0].short_edge_length == cfg.INPUT.MIN_SIZE_TEST
+    assert (lazy.train.init_checkpoint, lazy.train.max_iter) == (cfg.MODEL.WEIGHTS, cfg.SOLVER.MAX_ITER)
+    lazy.optimizer.params.model = model
+    optimizer, expected = instantiate(lazy.optimizer), Trainer.build_optimizer(cfg, twin)
+    assert settings(optimizer, model) == settings(expected, twin)
+    multiplier, schedule = instantiate(lazy.lr_multiplier), build_lr_scheduler(cfg, expected)._multiplier
+    steps = [step + i for step in (*cfg.SOLVER.STEPS, cfg.SOLVER.WARMUP_ITERS) for i in (-1, 0, 1)]
+    for iteration in (0, 1, 100, *steps, cfg.SOLVER.MAX_ITER - 1):
+        where = iteration / cfg.SOLVER.MAX_ITER
+        assert multiplier(where) == pytest.approx(schedule(where), rel=1e-6), iteration
+
+
+def settings(optimizer, model):
+    """Type of an optimizer, and its options for each parameter but ``foreach``, which is about speed."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return type(optimizer).__name__, {
+        names[parameter]: {key: value for key, value in group.items() if key not in ("params", "foreach")}
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
 
 
 def test_anchors_are_detectron2s_own():

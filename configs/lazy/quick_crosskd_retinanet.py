@@ -22,6 +22,7 @@ model.anchor_generator.sizes = [[x, x * 1.2599, x * 1.5874] for x in [16, 32, 64
 model.anchor_generator.strides = [8, 16, 32, 64]
 model.head_in_features = ["p3", "p4", "p5", "p6"]
 model.num_classes = 3
+model.box_reg_loss_type = "giou"
 model.pixel_std = [57.375, 57.12, 58.395]
 model.teacher = L(load_teacher)(
     config_file=str(Path(__file__).parent.parent / "quick_retinanet.yaml"),

@@ -1,0 +1,8 @@
+"""FCOS R18 of the published recipe, with torchvision's weights, which want RGB; 2x on COCO."""
+
+from .common.dense import resnet
+from .common.fcos import dataloader, lr_multiplier, model, optimizer, train
+
+model.backbone.bottom_up = resnet(18)
+train.init_checkpoint = "torchvision://resnet18"
+train.output_dir = "output/lazy_fcos_R18"
