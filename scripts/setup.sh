@@ -19,7 +19,7 @@ esac
   fail "PYTHON=$PYTHON is no Python of at least 3.9; name one with: make setup PYTHON=/path/to/python3"
 
 if [ "$VENV" = system ]; then
-  for module in torch torchvision detectron2 cv2 matplotlib tensorboard pytest ruff mypy; do
+  for module in torch torchvision detectron2 cv2 matplotlib tensorboard safetensors pytest ruff mypy; do
     "$PYTHON" -c "import importlib.util as u, sys; sys.exit(u.find_spec('$module') is None)" ||
       fail "VENV=system: $PYTHON has no $module; install it there (see requirements/), or leave VENV out to make .venv"
   done

@@ -1,14 +1,16 @@
-"""Weights: strict loading, and conversion of torchvision's and mmdetection's names to detectron2's.
+"""Weights: safe and strict loading, and conversion of torchvision's and mmdetection's names to detectron2's.
 
 Importing this package makes ``torchvision://resnet18`` a valid ``MODEL.WEIGHTS``. The command line is
 ``python -m d2kd.checkpoint.convert``.
 """
 
 from .mmdet import convert_mmdet, is_mmdet
+from .safe import SafeCheckpointer
 from .strict import StrictCheckpointer, load_strict
 from .torchvision_weights import convert_torchvision, register_torchvision
 
 __all__ = [
+    "SafeCheckpointer",
     "StrictCheckpointer",
     "convert_mmdet",
     "convert_torchvision",

@@ -3,14 +3,18 @@
 import argparse
 import os
 import sys
-from typing import List, Optional
+from collections import Counter
+from typing import Any, Dict, List, Mapping, Optional, Tuple
+
+from torch import Tensor
 
 from ..errors import D2kdError
 from . import files
-from .mmdet import convert_mmdet, is_mmdet, mmdet_detector
-from .names import plain_state
-from .torchvision_weights import convert_torchvision
+from .mmdet import convert_mmdet, is_mmdet, mmdet_detector, mmdet_names
+from .names import BOTTOM_UP, plain_state, raw_state
+from .torchvision_weights import convert_torchvision, torchvision_names
 
+_PARTS = ("backbone.", "neck.", "bbox_head.")
 _EXAMPLE = "example: python -m d2kd.checkpoint.convert retinanet_r50_fpn_1x_coco.pth teacher.pth"
 _REMINDER = """Set in the config that loads it (mmdetection's 'pytorch' style and torchvision):
   INPUT.FORMAT RGB
@@ -19,6 +23,7 @@ _REMINDER = """Set in the config that loads it (mmdetection's 'pytorch' style an
   MODEL.RESNETS.STRIDE_IN_1X1 False"""
 _TOP = """  MODEL.BACKBONE.NAME "build_extra_fpn_backbone", MODEL.FPN.EXTRA.RELU {relu} (between P6 and P7), and
   MODEL.FPN.EXTRA.IN_FEATURE res5 or p5, as mmdetection's add_extra_convs on_input or on_output"""
+_FCOS = "  MODEL.FCOS as it was trained; configs/Base-FCOS.yaml has the options of CrossKD's authors"
 
 
 def convert_file(source: str, target: str, num_ratios: int = 3, num_octaves: int = 3, force: bool = False) -> str:
@@ -32,7 +37,7 @@ def convert_file(source: str, target: str, num_ratios: int = 3, num_octaves: int
         force: overwrite the target.
 
     Returns:
-        What was recognised and how many tensors were mapped, for the user to read.
+        What was recognised, mapped and dropped, for the user to read.
 
     Raises:
         D2kdError: the source cannot be converted or the target not written.
@@ -41,20 +46,53 @@ def convert_file(source: str, target: str, num_ratios: int = 3, num_octaves: int
         raise D2kdError(f"{target} exists; choose another name or pass --force")
     loaded = files.read(source)
     try:
-        mmdet = is_mmdet(loaded)
-        state = convert_mmdet(loaded, num_ratios, num_octaves) if mmdet else convert_torchvision(loaded)
+        convert = _from_mmdet if is_mmdet(loaded) else _from_torchvision
+        state, report = convert(loaded, num_ratios, num_octaves)
     except D2kdError as error:
         raise D2kdError(f"{source}: {error}") from error
     try:
         files.write(target, {"model": state, "__author__": "d2kd.checkpoint.convert"})
     except OSError as error:
         raise D2kdError(f"{target} cannot be written ({error.strerror}); choose another place") from error
-    if not mmdet:
-        return f"torchvision ResNet: {len(state)} tensors mapped.\n{_REMINDER}"
-    detector = mmdet_detector(plain_state(loaded))
+    return report
+
+
+def _from_mmdet(loaded: Dict[str, Any], num_ratios: int, num_octaves: int) -> Tuple[Dict[str, Tensor], str]:
+    plain = plain_state(loaded)
+    state, detector = convert_mmdet(loaded, num_ratios, num_octaves), mmdet_detector(plain)
     classes = len(state["head.cls_score.weight"]) // (num_ratios * num_octaves if detector == "RetinaNet" else 1)
-    top = _TOP.format(relu=detector == "FCOS")
-    return f"mmdetection {detector}: {len(state)} tensors mapped, {classes} classes.\n{_REMINDER}\n{top}"
+    report = [
+        f"mmdetection {detector}: {len(state)} tensors mapped, {classes} classes.",
+        *_table(loaded, mmdet_names(plain)),
+        _REMINDER,
+        _TOP.format(relu=detector == "FCOS"),
+    ]
+    return state, "\n".join(report + [_FCOS] * (detector == "FCOS"))
+
+
+def _from_torchvision(loaded: Dict[str, Any], *_: int) -> Tuple[Dict[str, Tensor], str]:
+    state = convert_torchvision(loaded)
+    table = _table(loaded, torchvision_names(plain_state(loaded)))
+    return state, "\n".join([f"torchvision ResNet: {len(state)} tensors mapped.", *table, _REMINDER])
+
+
+def _table(loaded: Mapping[str, Any], names: Mapping[str, str]) -> List[str]:
+    """Lists by module what was mapped where, then what was dropped, each with the number of tensors."""
+    targets: Dict[str, List[str]] = {}
+    for name, new in names.items():
+        targets.setdefault(_module(name), []).append(".".join(new.split(".")[: 3 if new.startswith(BOTTOM_UP) else 2]))
+    rows = [f"  {module} -> {', '.join(dict.fromkeys(new))} ({len(new)})" for module, new in targets.items()]
+    dropped = Counter(_module(name) for name in raw_state(loaded) if name not in names)
+    return rows + [f"  {module} dropped, no model needs it ({count})" for module, count in dropped.items()]
+
+
+def _module(name: str) -> str:
+    """The part of a detector or ResNet that a name belongs to: ``neck.fpn_convs``, ``layer1``."""
+    if name.startswith("ema_"):
+        return "ema_*"
+    if name.endswith("num_batches_tracked"):
+        return "*.num_batches_tracked"
+    return ".".join(name.split(".")[: 2 if name.startswith(_PARTS) else 1])
 
 
 def main(argv: Optional[List[str]] = None) -> int:

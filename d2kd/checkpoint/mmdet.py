@@ -21,7 +21,8 @@ _PREDICTORS: Dict[str, Dict[str, str]] = {
     "ATSS": {"atss_cls": "cls_score", "atss_reg": "bbox_pred", "atss_centerness": "ctrness"},
     "FCOS": {"conv_cls": "cls_score", "conv_reg": "bbox_pred", "conv_centerness": "ctrness"},
 }
-_SCALE = re.compile(r"bbox_head\.scales\.(\d+)\.scale")
+_SCALE = re.compile(r"bbox_head\.scales\.\d+\.scale")
+_SCALES = "head.scales"
 _DERIVED = "bbox_head.integral.project"  # the numbers 0 to reg_max
 _TOWERS = {"cls_convs": "cls_subnet", "reg_convs": "bbox_subnet"}
 _FIRST_LEVEL = 3
@@ -66,22 +67,33 @@ def convert_mmdet(state: Mapping[str, Any], num_ratios: int = 3, num_octaves: in
         D2kdError: another detector, keys without a counterpart, or another number of anchors.
     """
     plain = plain_state(state)
-    plain.pop(_DERIVED, None)
-    scales = {int(match[1]): plain.pop(name) for name in list(plain) if (match := _SCALE.fullmatch(name))}
-    layout = _layout(plain)
-    names = {name: _detectron2_name(name, layout) for name in plain}
+    converted, scales = {}, {}
+    for name, new in mmdet_names(plain).items():
+        if new == _SCALES:
+            scales[int(name.split(".")[2])] = plain[name]
+        elif name.startswith("bbox_head.retina_"):
+            converted[new] = _reorder(name, plain[name], num_ratios, num_octaves)
+        else:
+            converted[new] = plain[name]
+    if scales:
+        converted[_SCALES] = torch.stack([scales[level] for level in sorted(scales)])
+    return converted
+
+
+def mmdet_names(state: Mapping[str, Tensor]) -> Dict[str, str]:
+    """Returns what each of a detector's tensors is called in detectron2; its levels' scales all are one there.
+
+    Args:
+        state: a plain state dict, from :func:`plain_state`.
+
+    Raises:
+        D2kdError: another detector, or keys without a counterpart.
+    """
+    layout = _layout(state)
+    names = {name: _detectron2_name(name, layout) for name in state if name != _DERIVED}
     if unknown := [name for name, new in names.items() if new is None]:
         raise D2kdError(f"detectron2's detectors have no counterpart of {some(unknown)}; convert a plain detector")
-    converted = {
-        new: _reorder(name, plain[name], num_ratios, num_octaves)
-        if name.startswith("bbox_head.retina_")
-        else plain[name]
-        for name, new in names.items()
-        if new is not None
-    }
-    if scales:
-        converted["head.scales"] = torch.stack([scales[level] for level in sorted(scales)])
-    return converted
+    return {name: new for name, new in names.items() if new is not None}
 
 
 def _layout(state: Mapping[str, Tensor]) -> _Layout:
@@ -109,6 +121,8 @@ def _detectron2_name(name: str, layout: _Layout) -> Optional[str]:
     """Returns detectron2's name, or None if there is none."""
     if name.startswith("backbone."):
         return resnet_name(name[len("backbone.") :])
+    if _SCALE.fullmatch(name):
+        return _SCALES
     match = re.fullmatch(r"(?:neck|bbox_head)\.(\w+?)(?:\.(\d+)\.(conv|gn))?\.(weight|bias)", name)
     if match is None:
         return None

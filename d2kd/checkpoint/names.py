@@ -9,6 +9,7 @@ from ..errors import D2kdError
 
 BOTTOM_UP = "backbone.bottom_up."
 _MODULE = r"conv1|bn1|layer[1-4]\.\d+\.(conv[1-3]|bn[1-3]|downsample\.[01])"
+_UNNEEDED = re.compile(r"data_preprocessor\..*|(.*\.)?num_batches_tracked|ema_.*")
 _RESNET = re.compile(rf"({_MODULE})\.(weight|bias|running_mean|running_var)")
 
 
@@ -25,11 +26,25 @@ def resnet_name(name: str) -> Optional[str]:
     return BOTTOM_UP + re.sub(r"\bbn(\d)", r"conv\1.norm", name)
 
 
+def raw_state(loaded: Mapping[str, Any]) -> Dict[str, Any]:
+    """Returns the state dict in what a file holds, without the prefix ``module.`` that DataParallel leaves.
+
+    Unwraps ``{"state_dict": ...}`` and ``{"model": ...}``.
+    """
+    for wrapper in ("state_dict", "model"):
+        if isinstance(loaded.get(wrapper), Mapping):
+            loaded = loaded[wrapper]
+    state = {str(name): value for name, value in loaded.items()}
+    if all(name.startswith("module.") for name in state):
+        state = {name[len("module.") :]: value for name, value in state.items()}
+    return state
+
+
 def plain_state(loaded: Mapping[str, Any]) -> Dict[str, Tensor]:
     """Reduces what a file holds to its named tensors.
 
-    Unwraps ``{"state_dict": ...}`` and ``{"model": ...}``, strips the prefix ``module.`` that DataParallel leaves, and
-    drops what no model needs: ``num_batches_tracked`` (FrozenBN has none) and mmdetection's ``data_preprocessor``.
+    Drops what no model needs: ``num_batches_tracked`` (FrozenBN has none), mmdetection's ``data_preprocessor`` and
+    ``ema_*``, a second copy of all weights that mmdetection 2.x's EMA hook keeps in the model.
 
     Args:
         loaded: the content of a checkpoint file.
@@ -40,20 +55,11 @@ def plain_state(loaded: Mapping[str, Any]) -> Dict[str, Tensor]:
     Raises:
         D2kdError: one of the values is not a tensor.
     """
-    for wrapper in ("state_dict", "model"):
-        if isinstance(loaded.get(wrapper), Mapping):
-            loaded = loaded[wrapper]
-    state = {str(name): value for name, value in loaded.items()}
-    if all(name.startswith("module.") for name in state):
-        state = {name[len("module.") :]: value for name, value in state.items()}
+    state = raw_state(loaded)
     for name, value in state.items():
         if not isinstance(value, Tensor):
             raise D2kdError(f"{name} is a {type(value).__name__}, not a tensor; pass a state dict")
-    return {
-        name: value
-        for name, value in state.items()
-        if not name.startswith("data_preprocessor.") and not name.endswith("num_batches_tracked")
-    }
+    return {name: value for name, value in state.items() if not _UNNEEDED.fullmatch(name)}
 
 
 def some(names: Iterable[str], limit: int = 5) -> str:

@@ -40,13 +40,25 @@ def convert_torchvision(state: Mapping[str, Any]) -> Dict[str, Tensor]:
     Raises:
         D2kdError: there are keys that a ResNet has not, or the last stage is missing.
     """
-    plain = {name: value for name, value in plain_state(state).items() if not name.startswith("fc.")}
-    names = {name: resnet_name(name) for name in plain}
+    plain = plain_state(state)
+    return {new: plain[name] for name, new in torchvision_names(plain).items()}
+
+
+def torchvision_names(state: Mapping[str, Tensor]) -> Dict[str, str]:
+    """Returns what each of a ResNet's tensors is called in detectron2, its classifier left out.
+
+    Args:
+        state: a plain state dict, from :func:`plain_state`.
+
+    Raises:
+        D2kdError: as :func:`convert_torchvision`.
+    """
+    names = {name: resnet_name(name) for name in state if not name.startswith("fc.")}
     if unknown := [name for name, new in names.items() if new is None]:
         raise D2kdError(f"these keys are not a ResNet's: {some(unknown)}; pass a ResNet of torchvision")
     if "layer4.0.conv1.weight" not in names:
         raise D2kdError("layer4.0.conv1.weight is missing, so this is not a ResNet; pass a ResNet of torchvision")
-    return {new: plain[name] for name, new in names.items() if new is not None}
+    return {name: new for name, new in names.items() if new is not None}
 
 
 class TorchvisionHandler(PathHandler):
