@@ -10,8 +10,11 @@ from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
 
 from .errors import D2kdError, nearest
-from .methods import method_defaults, method_names
+from .methods import Schedule, method_defaults, method_names
 from .modeling import add_detector_config
+
+# Set to 1, it lets configs use YAML tags that run code, as those of detectron2's model zoo do.
+ALLOW_UNSAFE_YAML = "D2KD_ALLOW_UNSAFE_YAML"
 
 
 def add_distill_config(cfg: CfgNode) -> None:
@@ -21,6 +24,14 @@ def add_distill_config(cfg: CfgNode) -> None:
     # OPTS: overrides of the teacher's config, ["KEY", "value", ...].
     distill.TEACHER = CfgNode({"CONFIG_FILE": "", "WEIGHTS": "", "OPTS": []})
     distill.METHODS = ()
+    # For the next five, see DistillMetaArch and Schedule.
+    distill.GRADIENT_PERIOD = 0
+    distill.FEATURES = ()
+    distill.CLASS_MAP = ()
+    distill.INHERIT = ()
+    distill.SCHEDULE = CfgNode(
+        {name.upper(): CfgNode({key.upper(): 0 for key in Schedule._fields}) for name in method_names()}
+    )
     # See DistillMetaArch: the running loss normaliser over all workers instead of each worker's own.
     distill.SYNC_NORMALIZER = False
     for name in method_names():
@@ -34,6 +45,14 @@ def add_distill_config(cfg: CfgNode) -> None:
 
     add_detector_config(cfg)
     cfg.SOLVER.OPTIMIZER = "SGD"  # or AdamW
+    # Decay of an exponential moving average of the weights, evaluated beside them and saved as model_ema_final.pth;
+    # 0 for none. LazyConfig: train.ema_decay.
+    cfg.SOLVER.EMA_DECAY = 0.0
+
+
+def drop_teacher(cfg: CfgNode) -> None:
+    """Makes a config that neither builds nor needs a teacher, as evaluation does, in place."""
+    cfg.MODEL.DISTILL.METHODS = cfg.MODEL.DISTILL.INHERIT = ()
 
 
 def find_config(name: str, relative_to: Optional[str] = None) -> str:
@@ -78,13 +97,14 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
         The config, not frozen; a teacher's CONFIG_FILE that it names relative to itself has become absolute.
 
     Raises:
-        D2kdError: a file is missing or no YAML, a key is unknown (names the nearest) or a value of the wrong type.
+        D2kdError: a file is missing, no YAML, or would run code (see ``ALLOW_UNSAFE_YAML``); a key is unknown (names
+            the nearest) or a value of the wrong type.
     """
     path = find_config(config_file)
     cfg = get_cfg()
     add_distill_config(cfg)
     try:
-        cfg.merge_from_file(path)
+        cfg.merge_from_file(path, allow_unsafe=_may_run_code(path))
     except (KeyError, ValueError, AssertionError, AttributeError, OSError, yaml.YAMLError) as error:
         raise D2kdError(f"{config_file}: {_explain(error, cfg)}") from error
     if len(opts) % 2:
@@ -98,6 +118,13 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
         teacher.CONFIG_FILE = find_config(teacher.CONFIG_FILE, relative_to=path)
     _check_methods(cfg)
     return cfg
+
+
+def _may_run_code(path: str) -> bool:
+    """Whether a config may use YAML tags that run code: if the user says so, or detectron2 itself brought it."""
+    # Links are not followed: a link to the zoo's file would find its _BASE_ beside the link.
+    zoo = Path(model_zoo.__file__).absolute().parent / "configs"
+    return os.environ.get(ALLOW_UNSAFE_YAML) == "1" or zoo in Path(os.path.abspath(path)).parents
 
 
 def detector_node(cfg: CfgNode) -> Optional[str]:
@@ -122,6 +149,8 @@ def _explain(error: Exception, cfg: CfgNode) -> str:
     if unknown:
         key = unknown.group(1)
         return f"there is no config key {key}{nearest(key, _keys(cfg))}"
+    if "could not determine a constructor" in text:
+        return f"{text}; write the value itself, or set {ALLOW_UNSAFE_YAML}=1 to let configs that you trust run code"
     return text
 
 

@@ -6,22 +6,45 @@ losses) which, while it trains with methods, also asks a teacher and adds what t
 
 import logging
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 from detectron2.config import CfgNode, LazyConfig, configurable, instantiate
 from detectron2.modeling import META_ARCH_REGISTRY, RetinaNet, build_model
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
-from detectron2.structures import Boxes, ImageList, Instances
+from detectron2.structures import ImageList, Instances
 from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
 from .checkpoint import load_strict
-from .config import find_config, load_config
-from .dense import Cut, DenseOutputs, Features, level_strides, make_targets, mean_over_workers, preprocess, run_dense
+from .config import drop_teacher, find_config, load_config
+from .dense import (
+    Cut,
+    DenseOutputs,
+    Features,
+    check_contract,
+    make_targets,
+    mean_over_workers,
+    preprocess,
+    run_dense,
+)
 from .errors import D2kdError
-from .methods import Method, build_method, method_defaults
+from .inspection import GRADIENT, gradient_ratios
+from .methods import Method, Schedule, build_method, method_defaults
 from .modeling import ATSS, FCOS, GFL
+from .pairing import (
+    ClassMap,
+    check_classes,
+    check_heads,
+    check_levels,
+    check_sizes,
+    class_names,
+    inherit_parts,
+    match_classes,
+    module_pairs,
+    probe_channels,
+)
 
 
 class Teacher:
@@ -33,18 +56,25 @@ class Teacher:
     Args:
         detector: a dense detector that holds its weights already.
         input_format: channel order it was trained with, "BGR" or "RGB".
+        class_names: of its classes, where known; for MODEL.DISTILL.CLASS_MAP.
     """
 
-    def __init__(self, detector: DenseDetector, input_format: str) -> None:
+    def __init__(self, detector: DenseDetector, input_format: str, class_names: Sequence[str] = ()) -> None:
         self.detector = detector.eval().requires_grad_(False)
         self.input_format = input_format
+        self.class_names = list(class_names)
 
     def __deepcopy__(self, memo: Dict[int, Any]) -> "Teacher":
         return self
 
     @torch.no_grad()  # not inference_mode: the student's backward needs these outputs
     def __call__(
-        self, batched_inputs: List[Dict[str, Any]], input_format: str, cuts: Sequence[Cut] = (), with_head: bool = True
+        self,
+        batched_inputs: List[Dict[str, Any]],
+        input_format: str,
+        cuts: Sequence[Cut] = (),
+        with_head: bool = True,
+        paths: Sequence[str] = (),
     ) -> DenseOutputs:
         """Runs the teacher on raw images, with its own preprocessing.
 
@@ -53,6 +83,7 @@ class Teacher:
             input_format: channel order of these images.
             cuts: tower features to keep.
             with_head: False runs the backbone only.
+            paths: modules whose outputs to keep.
 
         Raises:
             D2kdError: someone put the teacher into training mode.
@@ -60,7 +91,7 @@ class Teacher:
         if any(module.training for module in self.detector.modules()):
             raise D2kdError("the teacher was put into training mode; call .eval() on it, or leave it alone")
         images = preprocess(self.detector, batched_inputs, flip_channels=input_format != self.input_format)
-        return run_dense(self.detector, images, cuts, with_head)
+        return run_dense(self.detector, images, cuts, with_head, paths)
 
 
 def load_teacher(
@@ -88,17 +119,17 @@ def load_teacher(
     if path.endswith(".py"):
         lazy = LazyConfig.apply_overrides(LazyConfig.load(path), list(opts))
         detector = instantiate(lazy.model).to(device)
-        config_format = getattr(detector, "input_format", "BGR")
+        config_format, names = getattr(detector, "input_format", "BGR"), []
     else:
         cfg = load_config(path, opts)
         cfg.MODEL.DEVICE = device
-        cfg.MODEL.DISTILL.METHODS = ()  # a teacher that was itself distilled needs no teacher of its own
+        drop_teacher(cfg)  # a teacher that was itself distilled needs no teacher of its own
         detector = build_model(cfg)
-        config_format = cfg.INPUT.FORMAT
+        config_format, names = cfg.INPUT.FORMAT, class_names(cfg)
     if not isinstance(detector, DenseDetector):
         raise D2kdError(f"the teacher of {config_file} is a {type(detector).__name__}, not a dense detector")
     load_strict(detector, weights)
-    teacher = Teacher(detector, input_format or config_format)
+    teacher = Teacher(detector, input_format or config_format, names)
     logging.getLogger(__name__).info("Teacher %s (%s) from %s", Path(path).name, teacher.input_format, weights)
     return teacher
 
@@ -111,13 +142,24 @@ class DistillMetaArch(DenseDetector):
     Args:
         teacher: from :func:`load_teacher`; needed if there are methods.
         methods: what to add to the student's own losses.
+        features: modules whose outputs feature methods compare instead of the FPN levels: a path in both detectors,
+            such as "backbone.bottom_up.res4", or two, "<student's>:<teacher's>".
+        class_map: which classes both know, where their classes differ: pairs (student's, teacher's) of names or
+            indices, a single name for both, or "*" for all names that both have. Class losses compare these alone.
+            Empty: the classes are the same.
+        class_names: names of the student's classes, for ``class_map``.
+        schedules: how a method's weight changes in the course of training, by method.
+        inherit: parts that start from the teacher's weights, "neck" and "head" (FGD, MGD). Checkpoints that are loaded
+            later, as on resume, replace them.
+        gradient_period: every so many iterations, log how strongly each loss pulls at the FPN, see
+            :func:`gradient_ratios`; 0 for never. Such a step takes about twice as long.
         sync_normalizer: RetinaNet and FCOS divide their losses by a running mean of each worker's own number of
             positive anchors. True takes it over all workers, so that a run does not depend on their number (a worker
             without any positive anchor counts one); False is detectron2's way.
         **student: arguments of the student's class.
 
     Raises:
-        D2kdError: methods without a teacher, or a teacher that does not fit.
+        D2kdError: methods without a teacher, a teacher that does not fit, or an option that does not.
     """
 
     @configurable
@@ -126,15 +168,25 @@ class DistillMetaArch(DenseDetector):
         *,
         teacher: Optional[Teacher] = None,
         methods: Sequence[Method] = (),
+        features: Sequence[str] = (),
+        class_map: ClassMap = (),
+        class_names: Sequence[str] = (),
+        schedules: Optional[Mapping[str, Schedule]] = None,
+        inherit: Sequence[str] = (),
+        gradient_period: int = 0,
         sync_normalizer: bool = False,
         **student: Any,
     ) -> None:
         super().__init__(**student)
+        self.gradient_period = gradient_period
         self.sync_normalizer = sync_normalizer
         self.teacher = teacher
         self.distill = nn.ModuleDict({type(method).__name__.lower(): method for method in methods})
-        if methods:
-            self._check_teacher()
+        self.schedules = {name.lower(): schedule for name, schedule in (schedules or {}).items()}
+        self.paths = module_pairs(features)
+        self._classes: Optional[Tuple[List[int], List[int]]] = None
+        if methods or inherit:
+            self._meet_teacher(class_map, class_names, inherit)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> Dict[str, Any]:
@@ -145,12 +197,19 @@ class DistillMetaArch(DenseDetector):
         ]
         student = super().from_config(cfg)
         teacher = distill.TEACHER
+        wanted = bool(methods or distill.INHERIT)
         return {
             **student,
             "methods": methods,
+            "features": distill.FEATURES,
+            "class_map": distill.CLASS_MAP,
+            "class_names": class_names(cfg) if distill.CLASS_MAP else (),
+            "schedules": {name: Schedule.from_node(distill.SCHEDULE[name.upper()]) for name in distill.METHODS},
+            "inherit": distill.INHERIT,
+            "gradient_period": distill.GRADIENT_PERIOD,
             "sync_normalizer": distill.SYNC_NORMALIZER,
             "teacher": load_teacher(teacher.CONFIG_FILE, teacher.WEIGHTS, teacher.OPTS, cfg.MODEL.DEVICE)
-            if methods
+            if wanted
             else None,
         }
 
@@ -163,14 +222,30 @@ class DistillMetaArch(DenseDetector):
     def _reads_head(self) -> bool:
         return any(method.reads_head for method in self.methods)
 
-    def _check_teacher(self) -> None:
+    @property
+    def _resizes(self) -> bool:
+        return all(method.resizes for method in self.methods)
+
+    def _meet_teacher(self, class_map: ClassMap, class_names: Sequence[str], inherit: Sequence[str]) -> None:
+        """Checks that the teacher fits, and prepares what depends on both."""
         if self.teacher is None:
-            raise D2kdError("methods need a teacher: set MODEL.DISTILL.TEACHER (LazyConfig: model.teacher)")
-        check_levels(self, self.teacher.detector)
+            raise D2kdError("methods and INHERIT need a teacher: set MODEL.DISTILL.TEACHER (LazyConfig: model.teacher)")
+        teacher = self.teacher.detector
+        check_contract(self, self._reads_head)
+        check_contract(teacher, self._reads_head, with_losses=False)
+        check_levels(self, teacher, self._resizes)
+        if class_map:
+            self._classes = match_classes(
+                class_map, (class_names, self.num_classes), (self.teacher.class_names, teacher.num_classes)
+            )
         if self._reads_head:
-            check_heads(self, self.teacher.detector)
+            if not class_map:
+                check_classes(self, teacher)
+            check_heads(self, teacher)
+        channels = probe_channels(self, teacher, self.paths, self._resizes)
         for method in self.methods:
-            method.setup(self, self.teacher.detector)
+            method.setup(self, teacher, channels)
+        inherit_parts(self, teacher, inherit)
 
     def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> "DistillMetaArch":
         if self.teacher is not None:
@@ -185,9 +260,15 @@ class DistillMetaArch(DenseDetector):
         if "instances" not in batched_inputs[0]:
             raise D2kdError("the training images carry no annotations ('instances')")
         cuts = list(dict.fromkeys(cut for method in self.methods for cut in method.cuts))
-        teacher = self.teacher(batched_inputs, getattr(self, "input_format", "BGR"), cuts, self._reads_head)
+        own_paths, paths = ([pair[i] for pair in self.paths] for i in (0, 1))
+        with_head = self._reads_head or any(path.startswith("head") for path in paths)
+        teacher = self.teacher(batched_inputs, getattr(self, "input_format", "BGR"), cuts, with_head, paths)
         images = self.preprocess_image(batched_inputs)
-        student = run_dense(self, images, cuts)
+        student = run_dense(self, images, cuts, paths=own_paths)
+        if self._classes is not None:
+            student.classes, teacher.classes = (
+                torch.tensor(c, dtype=torch.long, device=self.device) for c in self._classes
+            )
         instances = [x["instances"].to(self.device) for x in batched_inputs]
         return self.forward_training(images, student.features, student.predictions, instances, student, teacher)
 
@@ -212,14 +293,19 @@ class DistillMetaArch(DenseDetector):
         """
         if student is None or teacher is None:
             return super().forward_training(images, features, predictions, gt_instances)
-        check_sizes(student, teacher)
+        if not self._resizes:
+            check_sizes(student, teacher)
         anchors = student.anchors_per_level
         labels, boxes = self.label_anchors(anchors, gt_instances)
         logits, deltas, *rest = student.dense_predictions
         losses = self.losses(anchors, logits, labels, deltas, boxes, *rest)
         targets = make_targets(student, images, gt_instances, labels, boxes)
-        for method in self.methods:
-            losses.update(method(student, teacher, targets))
+        for name, method in self.distill.items():
+            weight = self.schedules[name].weight(get_event_storage().iter) if name in self.schedules else 1.0
+            losses.update({key: weight * value for key, value in method(student, teacher, targets).items()})
+        if self.gradient_period and get_event_storage().iter % self.gradient_period == 0:
+            ratios = gradient_ratios(losses, list(self.distill), student.features)
+            get_event_storage().put_scalars(smoothing_hint=False, **{GRADIENT + k: v for k, v in ratios.items()})
         return losses
 
     def _ema_update(self, name: str, value: float, initial_value: float, momentum: float = 0.9) -> float:
@@ -227,60 +313,6 @@ class DistillMetaArch(DenseDetector):
             value = mean_over_workers(torch.tensor(float(value), device=self.device)).item()
             initial_value /= comm.get_world_size()
         return super()._ema_update(name, value, initial_value, momentum)
-
-
-def check_levels(student: DenseDetector, teacher: DenseDetector) -> None:
-    """Raises D2kdError unless both heads read levels of the same strides."""
-    own, theirs = level_strides(student), level_strides(teacher)
-    if own != theirs:
-        raise D2kdError(
-            f"the student's head reads levels of strides {own} and the teacher's {theirs}; distillation compares "
-            "level by level, so choose the same (IN_FEATURES)"
-        )
-
-
-def check_heads(student: DenseDetector, teacher: DenseDetector) -> None:
-    """Raises D2kdError unless both heads have the same classes and anchors, as comparing predictions needs.
-
-    Anchors of detectors with one per place (GFL, ATSS, FCOS) may differ: each detector decodes its own.
-    """
-    if student.num_classes != teacher.num_classes:
-        raise D2kdError(
-            f"the student has {student.num_classes} classes and the teacher {teacher.num_classes}; train the teacher "
-            "on the student's classes (NUM_CLASSES), or use methods that read features only"
-        )
-    if {*student.anchor_generator.num_anchors, *teacher.anchor_generator.num_anchors} == {1}:
-        return
-    own, theirs = _sample_anchors(student), _sample_anchors(teacher)
-    if own.shape != theirs.shape or not torch.allclose(own, theirs, atol=1e-2):
-        raise D2kdError(
-            "the anchors of student and teacher differ; set MODEL.ANCHOR_GENERATOR (SIZES, ASPECT_RATIOS, OFFSET) "
-            f"alike: the first of the student is {_first_anchor(own, theirs)}, of the teacher "
-            f"{_first_anchor(theirs, own)}"
-        )
-
-
-def _sample_anchors(detector: DenseDetector, side: int = 512) -> Tensor:
-    sizes = [-(-side // stride) for stride in level_strides(detector)]
-    grids = [torch.zeros(1, 1, size, size, device=detector.device) for size in sizes]
-    return Boxes.cat(detector.anchor_generator(grids)).tensor.cpu()
-
-
-def _first_anchor(anchors: Tensor, others: Tensor) -> List[float]:
-    """The first anchor that the others do not have in the same place."""
-    count = min(len(anchors), len(others))
-    differ = (anchors[:count] - others[:count]).abs().amax(1) > 1e-2
-    return [round(x, 2) for x in anchors[int(differ.int().argmax())].tolist()]
-
-
-def check_sizes(student: DenseOutputs, teacher: DenseOutputs) -> None:
-    """Raises D2kdError unless the feature maps of both have equal sizes on every level."""
-    own, theirs = ([tuple(f.shape[-2:]) for f in outputs.features] for outputs in (student, teacher))
-    if own != theirs:
-        raise D2kdError(
-            f"the levels of the student are of sizes {own}, those of the teacher {theirs}: they pad images to "
-            "multiples of another size (backbone.size_divisibility), so choose backbones of the same strides"
-        )
 
 
 @META_ARCH_REGISTRY.register()

@@ -60,11 +60,9 @@ def test_every_method_on_every_detector(teacher_files, method, detector, teacher
     assert reached or (method == "LD" and not any(boxes))
 
 
-@pytest.mark.parametrize("method", method_names())
+@pytest.mark.parametrize("method", [name for name in method_names() if name != "LD"])  # which needs GFL, with its norm
 def test_single_value_per_channel(teacher_files, method):
     """One image of 64x64 has a P6 of 1x1: no unbiased deviation, and still no NaN."""
-    if method == "LD":
-        pytest.skip("LD reads no statistics")
     name = "RetinaNet without norm"  # torch's group norm refuses a single value per group
     student = build_pair(teacher_files, name, name, method)
     inputs = batch([(64, 64)])
@@ -90,7 +88,7 @@ def test_losses_stay_float32_under_autocast(teacher_files, method):
 def test_options_have_defaults_and_names_are_checked(name):
     build_method(name, **method_defaults(name))
     with pytest.raises(D2kdError, match="did you mean"):
-        build_method(name[:-1] + "x")
+        build_method(name + "x")
     option = next(iter(method_defaults(name)))
     with pytest.raises(D2kdError, match=f"did you mean {option}"):
         build_method(name, **{option + "s": 1})

@@ -5,6 +5,7 @@ Tolerances: losses and predictions 1e-5 of the largest, gradients 1e-3 of the la
 """
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Dict, List
 
 import pytest
@@ -35,6 +36,7 @@ from d2kd.losses import giou_loss, iou_log_loss, kd_quality_focal_loss, kl_diver
 from d2kd.methods import PKD
 from d2kd.methods.crosskd import align_scale
 from d2kd.modeling import FCOS
+from d2kd.modeling.one_anchor import OneAnchorDetector
 
 LOSS, GRADIENT = 1e-5, 1e-3
 NAMES = {
@@ -253,7 +255,9 @@ def test_pkd_and_alignment(path: Path) -> None:
         for weight in (1.0, 6.0):
             student = golden[f"{shape}.student"].clone().requires_grad_()
             outputs = [DenseOutputs(None, [x]) for x in (student, teacher)]
-            loss = PKD(weight=weight)(*outputs, None)["loss_pkd_feature"]
+            method = PKD(weight=weight)
+            method.setup(None, None, [(student.shape[1], teacher.shape[1])])
+            loss = method(*outputs, None)["loss_pkd_feature"]
             close(loss, golden[f"{shape}.pkd_w{weight:.0f}"], LOSS, "pkd")
             loss.backward()
             close(student.grad, golden[f"{shape}.pkd_w{weight:.0f}.grad"], GRADIENT, "pkd gradient")
@@ -344,3 +348,37 @@ def test_assignment(path: Path) -> None:
     labels, boxes = model.label_anchors(outputs.anchors_per_level, empty)
     without = make_targets(outputs, images, empty, labels, boxes)
     assert float(without.num_pos) == float(golden["retinanet.targets_nogt.avg_factor"])
+
+
+@block("blocks_post_retinanet")
+@pytest.mark.parametrize("setting", ["default", "low"])
+def test_retinanet_inference(path: Path, setting: str) -> None:
+    """detectron2's candidates are the reference's; clipped before NMS, as GFL does it, they give its detections.
+
+    detectron2's own RetinaNet, which students are, clips after NMS.
+    """
+    golden = Golden(path)
+    test = golden.json(f"{setting}.test_cfg_json")
+    model = retinanet_of_blocks(golden, golden["cls.p3"].shape[1] // 9)
+    outputs = [in_our_order([rows(m) for m in golden.levels(f"{kind}.{{}}")]) for kind in ("cls", "reg")]
+    anchors = outputs_of(model).anchors_per_level
+    for i, size in enumerate(images_of(golden).image_sizes):
+        logits, deltas = (list(x[i].split([len(level) for level in anchors])) for x in outputs)
+        found = model._decode_multi_level_predictions(
+            anchors, [x.sigmoid() for x in logits], deltas, test["score_thr"], test["nms_pre"], size
+        )
+        options = SimpleNamespace(
+            clip_before_nms=True,
+            test_nms_thresh=test["nms"]["iou_threshold"],
+            max_detections_per_image=test["max_per_img"],
+        )
+        found = OneAnchorDetector._suppress(options, found)
+        expected = {k: golden[f"{setting}.rescale0.{i}.{k}"] for k in ("boxes", "scores", "labels")}
+        assert torch.equal(found.pred_classes, expected["labels"])
+        close(found.scores, expected["scores"], LOSS, "scores")
+        close(found.pred_boxes.tensor, expected["boxes"], LOSS, "boxes")
+
+
+def rows(maps: Tensor) -> Tensor:
+    """A level's predictions (N, 9*D, H, W) per anchor, (N, H*W*9, D)."""
+    return maps.unflatten(1, (9, -1)).permute(0, 3, 4, 1, 2).flatten(1, 3)

@@ -1,8 +1,30 @@
 """The distillation methods: one file each, registered by the import below."""
 
-from .base import METHOD_REGISTRY, Method, build_method, method_defaults, method_names
+from .base import METHOD_REGISTRY, FeatureMethod, Method, build_method, method_defaults, method_names
 from .crosskd import CrossKD
+from .cwd import CWD
+from .fgd import FGD
+from .fitnet import FitNet
 from .ld import LD
+from .mgd import MGD
 from .pkd import PKD
+from .response import ResponseKD
+from .schedule import Schedule
 
-__all__ = ["METHOD_REGISTRY", "CrossKD", "LD", "Method", "PKD", "build_method", "method_defaults", "method_names"]
+__all__ = [
+    "METHOD_REGISTRY",
+    "CWD",
+    "CrossKD",
+    "FGD",
+    "FeatureMethod",
+    "FitNet",
+    "LD",
+    "MGD",
+    "Method",
+    "PKD",
+    "ResponseKD",
+    "Schedule",
+    "build_method",
+    "method_defaults",
+    "method_names",
+]

@@ -1,7 +1,7 @@
 """The contract of a distillation method, its registry, and the channel statistics several methods share."""
 
 import inspect
-from typing import Any, ClassVar, Dict, Sequence, Tuple
+from typing import Any, ClassVar, Dict, List, Sequence, Tuple
 
 import torch
 import torch.distributed.nn
@@ -17,6 +17,9 @@ METHOD_REGISTRY: Registry = Registry("D2KD_METHOD")
 METHOD_REGISTRY.__doc__ = "Distillation methods by name, as in MODEL.DISTILL.METHODS."
 
 
+Channels = Sequence[Tuple[int, int]]
+
+
 class Method(nn.Module):
     """One distillation method: keyword arguments with defaults, and losses from both detectors' outputs.
 
@@ -26,14 +29,21 @@ class Method(nn.Module):
 
     #: Whether the teacher's head must run and agree with the student's in classes and anchors.
     reads_head: ClassVar[bool] = True
+    #: Whether maps of student and teacher may differ in size.
+    resizes: ClassVar[bool] = False
 
     @property
     def cuts(self) -> Sequence[Cut]:
         """Where the towers of both heads are tapped."""
         return ()
 
-    def setup(self, student: DenseDetector, teacher: DenseDetector) -> None:
+    def setup(self, student: DenseDetector, teacher: DenseDetector, channels: Channels) -> None:
         """Checks that the pair fits and makes the method's own adapters. Called once, when the model is built.
+
+        Args:
+            student: the student.
+            teacher: the teacher's detector.
+            channels: of student and teacher for each of ``DenseOutputs.maps``.
 
         Raises:
             D2kdError: the method cannot work on this pair.
@@ -44,10 +54,36 @@ class Method(nn.Module):
         raise NotImplementedError
 
 
+class FeatureMethod(Method):
+    """A method that compares feature maps: FPN levels, or what MODEL.DISTILL.FEATURES names.
+
+    Where the student has other channels than the teacher, its map first passes a trainable 1x1 convolution.
+    """
+
+    reads_head: ClassVar[bool] = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.adapters = nn.ModuleList()
+
+    def setup(self, student: DenseDetector, teacher: DenseDetector, channels: Channels) -> None:
+        self.adapters = nn.ModuleList(
+            nn.Identity() if own == theirs else nn.Conv2d(own, theirs, kernel_size=1) for own, theirs in channels
+        )
+
+    def pairs(self, student: DenseOutputs, teacher: DenseOutputs) -> List[Tuple[Tensor, Tensor]]:
+        """Each map of the student, adapted, and of the teacher: (N, C, H, W) float32, of the teacher's channels."""
+        adapted = [adapter(level) for adapter, level in zip(self.adapters, student.maps)]
+        return [(own.float(), theirs.float()) for own, theirs in zip(adapted, teacher.maps)]
+
+
 def method_defaults(name: str) -> Dict[str, Any]:
     """Returns the keyword arguments of a registered method with their defaults: the one place where they stand."""
-    parameters = inspect.signature(METHOD_REGISTRY.get(name).__init__).parameters
-    return {key: p.default for key, p in parameters.items() if key != "self"}
+    parameters: Dict[str, inspect.Parameter] = {}
+    for cls in reversed(METHOD_REGISTRY.get(name).__mro__):  # a method may pass its base's options on
+        if issubclass(cls, Method) and "__init__" in vars(cls):
+            parameters.update(inspect.signature(cls.__init__).parameters)
+    return {key: p.default for key, p in parameters.items() if p.default is not inspect.Parameter.empty}
 
 
 def method_names() -> Sequence[str]:

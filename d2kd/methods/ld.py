@@ -23,7 +23,7 @@ from ..dense import DenseOutputs, Targets
 from ..errors import D2kdError
 from ..losses import kl_divergence_loss
 from ..modeling.atss_assign import iou_thresholds, nearest_anchors
-from .base import METHOD_REGISTRY, Method
+from .base import METHOD_REGISTRY, Channels, Method
 
 # The authors divide the sum over an anchor's sides by 4 in the main region and by 16 in the valuable one.
 VLR_DIVISOR = 4.0
@@ -66,7 +66,7 @@ class LD(Method):
         self.vlr_gamma = vlr_gamma
         self.true_diou = true_diou
 
-    def setup(self, student: DenseDetector, teacher: DenseDetector) -> None:
+    def setup(self, student: DenseDetector, teacher: DenseDetector, channels: Channels) -> None:
         own, theirs = (getattr(detector.box2box_transform, "reg_max", None) for detector in (student, teacher))
         if own is None or own != theirs:
             raise D2kdError(
@@ -104,8 +104,10 @@ class LD(Method):
         """Mean over classes and over the positives of each level, summed over levels."""
         sizes = [len(level) for level in student.anchors_per_level]
         levels: List[Tensor] = []
-        for own, theirs, used in zip(*(x.split(sizes, dim=1) for x in (student.logits, teacher.logits, positive))):
-            loss = kl_divergence_loss(own[used], theirs[used], self.cls_temperature) / own.shape[-1]
+        for own, theirs, used in zip(
+            *(x.split(sizes, dim=1) for x in (student.shared_logits, teacher.shared_logits, positive))
+        ):
+            loss = kl_divergence_loss(own[used], theirs[used], self.cls_temperature) / max(own.shape[-1], 1)
             levels.append(loss.sum() / max(len(loss), 1))
         return torch.stack(levels).sum()
 

@@ -11,40 +11,37 @@ from typing import ClassVar, Dict
 
 import torch
 import torch.nn.functional as F
-from detectron2.modeling.meta_arch.dense_detector import DenseDetector
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..dense import DenseOutputs, Targets, level_channels
-from .base import METHOD_REGISTRY, Method, channel_statistics
+from ..dense import DenseOutputs, Targets
+from .base import METHOD_REGISTRY, FeatureMethod, channel_statistics
 
 
 @METHOD_REGISTRY.register()
-class PKD(Method):
-    """Correlation of FPN features.
+class PKD(FeatureMethod):
+    """Correlation of feature maps; a student's map of other size is resized to the teacher's.
 
     Args:
         weight: weight of the loss; with CrossKD published as 6 for GFL, 2 for RetinaNet and FCOS, 1 for ATSS.
         sync: statistics of all workers' images instead of each worker's own.
     """
 
-    reads_head: ClassVar[bool] = False
+    resizes: ClassVar[bool] = True
 
     def __init__(self, weight: float = 6.0, sync: bool = False) -> None:
         super().__init__()
         self.weight = weight
         self.sync = sync
-        self.adapter: nn.Module = nn.Identity()
-
-    def setup(self, student: DenseDetector, teacher: DenseDetector) -> None:
-        given, wanted = level_channels(student)[0], level_channels(teacher)[0]
-        if given != wanted:
-            self.adapter = nn.Conv2d(given, wanted, kernel_size=1)
 
     def forward(self, student: DenseOutputs, teacher: DenseOutputs, targets: Targets) -> Dict[str, Tensor]:
-        pairs = zip(student.features, teacher.features)
-        levels = [F.mse_loss(self._normalise(self.adapter(s)), self._normalise(t)) for s, t in pairs]
+        levels = [self._distance(own, theirs) for own, theirs in self.pairs(student, teacher)]
         return {"loss_pkd_feature": self.weight * torch.stack(levels).sum() / 2}
+
+    def _distance(self, student: Tensor, teacher: Tensor) -> Tensor:
+        if student.shape != teacher.shape:
+            student = F.interpolate(student, teacher.shape[-2:], mode="bilinear")
+        return F.mse_loss(self._normalise(student), self._normalise(teacher))
 
     def _normalise(self, feature: Tensor) -> Tensor:
         mean, std = channel_statistics(feature, self.sync)
-        return (feature.float() - mean) / (std + 1e-6)
+        return (feature - mean) / (std + 1e-6)

@@ -1,0 +1,99 @@
+"""Response distillation: the student's own predictions imitate the teacher's.
+
+The losses are those of CrossKD (arXiv 2306.11369, section 3), there of the cross head's predictions and here of the
+student's own, as Hinton et al. (arXiv 1503.02531) do it for classes: the control experiment for CrossKD. No published
+numbers stand behind these settings.
+"""
+
+from typing import Dict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..dense import DenseOutputs, Targets, mean_over_workers
+from ..errors import check_choice
+from ..losses import BOX_LOSSES, centerness_targets, kd_quality_focal_loss, kl_divergence_loss
+from .base import METHOD_REGISTRY, Method
+
+NORMALIZERS = ("positives", "centerness")
+
+
+@METHOD_REGISTRY.register()
+class ResponseKD(Method):
+    """Distillation of class, box and centerness predictions.
+
+    Where both predict box distributions of the same bins (GFL), these are compared, otherwise decoded boxes.
+
+    Args:
+        cls_weight: weight of the class loss.
+        box_weight: weight of the box loss.
+        centerness_weight: weight of the centerness loss, where both predict it; 0 leaves it out.
+        beta: focusing exponent of the class loss, >= 0.
+        box_loss: of decoded boxes, "giou" or "iou_log" (-log IoU).
+        normalizer: what class and box losses are divided by: "positives" (N+), or "centerness", the sum of the
+            positives' centerness targets.
+        mask_padding: leave out anchors in padding and ignored ones.
+    """
+
+    def __init__(
+        self,
+        cls_weight: float = 1.0,
+        box_weight: float = 1.0,
+        centerness_weight: float = 1.0,
+        beta: float = 1.0,
+        box_loss: str = "giou",
+        normalizer: str = "positives",
+        mask_padding: bool = True,
+    ) -> None:
+        super().__init__()
+        name = type(self).__name__
+        check_choice(f"{name}'s box_loss", box_loss, BOX_LOSSES)
+        check_choice(f"{name}'s normalizer", normalizer, NORMALIZERS)
+        self.prefix = f"loss_{name.lower()}"
+        self.cls_weight = cls_weight
+        self.box_weight = box_weight
+        self.centerness_weight = centerness_weight
+        self.beta = beta
+        self.box_loss = BOX_LOSSES[box_loss]
+        self.normalizer = normalizer
+        self.mask_padding = mask_padding
+
+    def imitating(self, student: DenseOutputs, teacher: DenseOutputs) -> DenseOutputs:
+        """The predictions that imitate the teacher's."""
+        return student
+
+    def forward(self, student: DenseOutputs, teacher: DenseOutputs, targets: Targets) -> Dict[str, Tensor]:
+        ours = self.imitating(student, teacher)
+        weights = targets.weights if self.mask_padding else torch.ones_like(targets.weights)
+        normalizer = targets.num_pos if self.normalizer == "positives" else centerness_sum(student, targets)
+        cls_loss = kd_quality_focal_loss(ours.shared_logits, teacher.shared_logits, self.beta).sum(-1)
+        confidence = teacher.logits.amax(-1).sigmoid() * weights
+        losses = {
+            f"{self.prefix}_cls": self.cls_weight * (cls_loss * weights).sum() / normalizer,
+            f"{self.prefix}_box": self.box_weight * self._box_loss(ours, teacher, confidence, normalizer),
+        }
+        if self.centerness_weight and ours.centerness is not None and teacher.centerness is not None:
+            loss = centerness_loss(ours.centerness, teacher.centerness, targets)
+            losses[f"{self.prefix}_centerness"] = self.centerness_weight * loss
+        return losses
+
+    def _box_loss(self, ours: DenseOutputs, teacher: DenseOutputs, confidence: Tensor, normalizer: Tensor) -> Tensor:
+        if ours.num_bins is None or ours.num_bins != teacher.num_bins:
+            return (self.box_loss(ours.boxes, teacher.boxes) * confidence).sum() / normalizer
+        sides = [o.box_predictions.unflatten(-1, (4, o.num_bins)) for o in (ours, teacher)]
+        total = mean_over_workers(confidence.sum()).clamp(min=torch.finfo(torch.float32).tiny)
+        return (kl_divergence_loss(*sides).mean(-1) * confidence).sum() / total
+
+
+def centerness_loss(logits: Tensor, teacher_logits: Tensor, targets: Targets) -> Tensor:
+    """Binary cross entropy of centerness (N, R) to the teacher's, on positives, over N+; ()."""
+    loss = F.binary_cross_entropy_with_logits(logits, teacher_logits.sigmoid(), reduction="none")
+    return (loss * targets.positive).sum() / targets.num_pos
+
+
+def centerness_sum(student: DenseOutputs, targets: Targets) -> Tensor:
+    """Sum of the positives' centerness targets (FCOS, arXiv 1904.01355), averaged over workers; 1 if there is none."""
+    centerness = centerness_targets(student.anchors, targets.boxes)
+    total = mean_over_workers((centerness * targets.positive).sum())
+    return torch.where(total > 0, total, 1.0)

@@ -1,0 +1,64 @@
+"""The dry run's tables and the logged gradient ratios."""
+
+import re
+
+import pytest
+import torch
+from detectron2.utils.events import EventStorage
+from small import batch, build, distill_config, save_teacher
+
+from d2kd.inspection import dry_run, gradient_ratios, warnings
+
+WIDER = ("MODEL.FPN.OUT_CHANNELS", "64")
+
+
+@pytest.fixture(scope="module")
+def teacher_file(tmp_path_factory):
+    return save_teacher(tmp_path_factory.mktemp("teacher") / "teacher.pth", *WIDER)
+
+
+def make(file, *opts, methods=("PKD", "FitNet")):
+    return build(distill_config(file, *opts, methods=methods, teacher_opts=WIDER))
+
+
+def test_ratios_by_hand():
+    """Own loss 3 a: gradient 3 per element; KD losses 6 a and 0 a."""
+    a = torch.ones(4, requires_grad=True)
+    losses = {"loss_cls": a.sum(), "loss_box": 2 * a.sum(), "loss_kd_one": 6 * a.sum(), "loss_kd_two": torch.zeros(())}
+    ratios = gradient_ratios(losses, ["kd"], [a])
+    assert ratios == pytest.approx({"loss_cls": 1 / 3, "loss_box": 2 / 3, "loss_kd_one": 2, "loss_kd_two": 0, "kd": 2})
+    assert a.grad is None
+
+
+def test_warnings_name_what_pulls_too_much_or_too_little():
+    said = warnings({"a": 10.1, "b": 1.0, "c": 0.009, "d": 0.0}, ["a", "b", "c", "d"])
+    assert [text.split()[0] for text in said] == ["a", "c", "d"]
+    assert "lower" in said[0]
+    assert "raise" in said[1]
+    assert "does not reach" in said[2]
+
+
+def test_dry_run_describes_the_wiring(teacher_file):
+    model = make(teacher_file, "MODEL.DISTILL.PKD.WEIGHT", "1e5")
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    text = dry_run(model, batch())
+    for words in (
+        r"channels\s+32\s+64",
+        r"stride\s+64\s+64",
+        r"classes\s+3\s+3",
+        r"PKD\s+FPN features\s+\d+ parameters: conv 32->64",
+        r"loss_pkd_feature\s+[\d.e+]+\s+[\d.e+]+",
+        "warning: pkd pulls .* lower its weight",
+    ):
+        assert re.search(words, text), text
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_ratios_are_logged_every_so_many_iterations(teacher_file):
+    model = make(teacher_file, "MODEL.DISTILL.GRADIENT_PERIOD", "5")
+    for iteration, logged in ((0, True), (4, False), (5, True)):
+        with EventStorage(iteration) as storage:
+            losses = model(batch())
+        assert ("gradient/pkd" in storage.latest()) == logged
+        sum(losses.values()).backward()
