@@ -116,6 +116,7 @@ class Benchmark:
                     method(*fresh, targets)
 
             result[f"{name} losses, forward"] = self.median(losses)
+            result[f"{name} losses, kept for the backward (MiB)"] = kept_memory(losses)
         if self.args.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         result["distilled step"] = self.median(self.step)
@@ -137,6 +138,20 @@ class Benchmark:
         if self.args.device == "cuda":
             return torch.cuda.max_memory_allocated() / 2**20
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def kept_memory(function: Callable[[], Any]) -> float:
+    """MiB of distinct storages that autograd keeps for the backward of a call, its inputs and parameters included."""
+    kept: Dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        function()
+    return sum(kept.values()) / 2**20
 
 
 def random_batch(args: argparse.Namespace, num_classes: int) -> List[Dict[str, Any]]:

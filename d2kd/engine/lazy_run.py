@@ -4,8 +4,8 @@ import argparse
 import inspect
 from typing import Any, Dict, List
 
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import LazyConfig, instantiate
+from detectron2.data import build_detection_train_loader
 from detectron2.engine import AMPTrainer, SimpleTrainer, default_writers, hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
@@ -16,8 +16,22 @@ from torch import nn
 from ..checkpoint import load_strict
 from ..config import find_config
 from ..errors import D2kdError, nearest
+from .checkpointing import RunCheckpointer
 from .checks import check_datasets, check_weights_file, usable_device
+from .loader import build_train_loader
+from .randomness import seeded
+from .run_folder import RunFolder, flatten
+from .run_hooks import EMA, FiniteLosses, run_hooks
 from .trainer import wrap_ddp
+
+# What d2kd reads beside detectron2's own keys of ``train``.
+TRAIN_DEFAULTS = {"seed": -1, "ema_decay": 0.0}
+# What a resumed run may change; see the list of yaml_run.
+MAY_CHANGE = (
+    *("train.output_dir", "train.device", "train.eval_period", "train.log_period", "train.checkpointer.*"),
+    *("train.ddp.*", "dataloader.train.num_workers", "dataloader.test.*", "dataloader.evaluator.*"),
+    *("model.teacher.weights", "model.test_*", "model.max_detections_per_image"),
+)
 
 
 def prepare(args: argparse.Namespace) -> DictConfig:
@@ -27,6 +41,8 @@ def prepare(args: argparse.Namespace) -> DictConfig:
         D2kdError: something is wrong that can be seen before any training.
     """
     cfg = LazyConfig.load(find_config(args.config_file))
+    if "train" in cfg:
+        cfg.train = {**TRAIN_DEFAULTS, **cfg.train}
     for override in args.opts:
         check_override(cfg, override)
     cfg = LazyConfig.apply_overrides(cfg, args.opts)
@@ -36,8 +52,8 @@ def prepare(args: argparse.Namespace) -> DictConfig:
     cfg.train.device = usable_device(cfg.train.device)
     loaders = [cfg.dataloader.test]
     if args.eval_only:
-        if "methods" in cfg.model:
-            cfg.model.methods, cfg.model.teacher = [], None  # evaluation neither builds nor needs the teacher
+        if "teacher" in cfg.model:  # evaluation neither builds nor needs it
+            cfg.model.methods, cfg.model.teacher, cfg.model.inherit = [], None, []
     else:
         loaders.append(cfg.dataloader.train)
         check_weights_file(cfg.train.init_checkpoint, "train.init_checkpoint")
@@ -71,15 +87,40 @@ def known_keys(node: Any) -> List[str]:
         return []
     target = node.get("_target_")
     target = locate(target) if isinstance(target, str) else target
-    return [str(key) for key in node] + (list(inspect.signature(target).parameters) if target else [])
+    return [str(key) for key in node] + (arguments(target) if target else [])
+
+
+def arguments(target: Any) -> List[str]:
+    """Names of the arguments of a function or class; of a class with those of its bases, to which it passes on."""
+    classes = inspect.getmro(target) if inspect.isclass(target) else ()
+    makers = [vars(cls)["__init__"] for cls in classes if "__init__" in vars(cls)] or [target]
+    return [name for maker in makers for name in inspect.signature(maker).parameters if name != "self"]
+
+
+def run_folder(cfg: DictConfig) -> RunFolder:
+    """Where the run lies, and what has to stay when it is resumed."""
+    return RunFolder(
+        path=cfg.train.output_dir,
+        path_key="train.output_dir",
+        config=flatten(OmegaConf.to_container(cfg, resolve=True)),
+        seed_key="train.seed",
+        teacher=OmegaConf.select(cfg, "model.teacher.weights") or "",
+        may_change=MAY_CHANGE,
+        same_keys=True,
+    )
+
+
+def set_seed(cfg: DictConfig, seed: int) -> None:
+    """Sets the seed of the run, in place."""
+    cfg.train.seed = seed
 
 
 def run(args: argparse.Namespace, cfg: DictConfig) -> Dict[str, Any]:
     """Trains, or evaluates with ``--eval-only``; returns the evaluation's results."""
     model = instantiate(cfg.model).to(cfg.train.device)
     if args.eval_only:
-        saved = DetectionCheckpointer(model, cfg.train.output_dir)
-        weights = saved.get_checkpoint_file() if args.resume and saved.has_checkpoint() else cfg.train.init_checkpoint
+        saved = RunCheckpointer(model, cfg.train.output_dir).newest_readable() if args.resume else ""
+        weights = saved or cfg.train.init_checkpoint
         if not weights:
             raise D2kdError("--eval-only needs weights: append train.init_checkpoint=<file>, or use --resume")
         load_strict(model, weights)
@@ -101,27 +142,39 @@ def train(args: argparse.Namespace, cfg: DictConfig, model: nn.Module) -> Dict[s
     optimizer = instantiate(cfg.optimizer)
     model = wrap_ddp(model, **cfg.train.ddp)
     trainer_class = AMPTrainer if cfg.train.amp.enabled else SimpleTrainer
-    trainer = trainer_class(model, instantiate(cfg.dataloader.train), optimizer)
-    checkpointer = DetectionCheckpointer(model, cfg.train.output_dir, trainer=trainer)
+    trainer = trainer_class(model, train_loader(cfg), optimizer)
+    checkpointer = RunCheckpointer(model, cfg.train.output_dir, trainer=trainer)
+    decay = cfg.train.ema_decay
+    ema = EMA(checkpointer.model, decay, cfg.train.output_dir) if decay else None
     results: Dict[str, Any] = {}
 
     def evaluate() -> Dict[str, Any]:
         results.update(test(cfg, model))
-        return results
+        return {**results, "ema": test(cfg, ema.average)} if ema else results
 
-    on_main = comm.is_main_process()
     trainer.register_hooks(
         [
             hooks.IterationTimer(),
             hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
-            hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer) if on_main else None,
+            *run_hooks(checkpointer, trainer.data_loader, cfg.train.seed, ema, **cfg.train.checkpointer),
             hooks.EvalHook(cfg.train.eval_period, evaluate),
             hooks.PeriodicWriter(default_writers(cfg.train.output_dir, cfg.train.max_iter), cfg.train.log_period)
-            if on_main
+            if comm.is_main_process()
             else None,
         ]
     )
+    FiniteLosses(trainer)
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
     start = trainer.iter + 1 if args.resume and checkpointer.has_checkpoint() else 0
     trainer.train(start, cfg.train.max_iter)
     return results
+
+
+def train_loader(cfg: DictConfig) -> Any:
+    """Builds the config's training loader: d2kd's resumable one in the place of detectron2's own."""
+    node = cfg.dataloader.train
+    target = node._target_
+    if (locate(target) if isinstance(target, str) else target) is build_detection_train_loader:
+        node._target_, node.seed = build_train_loader, cfg.train.seed
+    with seeded(cfg.train.seed):  # samplers draw their own seeds
+        return instantiate(node)

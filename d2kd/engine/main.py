@@ -1,10 +1,14 @@
 """The command line of train_net.py: one entry point for both config styles, on one or many processes."""
 
 import argparse
+import logging
+import multiprocessing
 import os
+import signal
 import sys
+from contextlib import contextmanager
 from types import ModuleType
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, Iterator, List, Optional
 
 import torch
 from detectron2.engine import default_argument_parser, default_setup, launch
@@ -15,10 +19,12 @@ from torch.multiprocessing.spawn import ProcessExitedException
 from ..errors import D2kdError
 from . import lazy_run, yaml_run
 from .checks import check_num_gpus
+from .run_folder import ALLOW, RunFolder
+from .run_hooks import EXIT_PREEMPTED, Preempted
 
 EXIT_MISTAKE = 2
 
-EPILOG = """
+EPILOG = f"""
 Examples:
 
 Train a student with CrossKD on 8 GPUs (a .py config is a LazyConfig):
@@ -37,6 +43,12 @@ Evaluate; no teacher is needed:
 
 Without a GPU, --num-gpus counts processes on the CPU. torchrun works as well:
     $ torchrun --nproc-per-node 8 train_net.py --config-file cfg.yaml
+
+Go on after an interruption, whatever it was, as if there had been none; without a checkpoint it starts:
+    $ python train_net.py --config-file cfg.yaml --resume
+
+On SIGTERM (Slurm's preemption) a run finishes the iteration, saves itself and exits with status {EXIT_PREEMPTED}.
+A mistake is told in one sentence, with exit status {EXIT_MISTAKE}.
 """
 
 
@@ -47,23 +59,33 @@ def main(argv: Optional[List[str]] = None) -> int:
         argv: command-line arguments; by default the process's own.
 
     Returns:
-        Exit status: 0, or 2 for a mistake of the user, which is told in one sentence.
+        Exit status: 0; 2 for a mistake of the user, which is told in one sentence; 75 if SIGTERM stopped the run, which
+        has saved itself.
     """
-    args = default_argument_parser(EPILOG).parse_args(argv)
+    args = parser().parse_args(argv)
     try:
         if not args.config_file:
             raise D2kdError("name a config: --config-file configs/crosskd_retinanet_R18.yaml")
         check_num_gpus(args.num_gpus)
-        style(args).prepare(args)  # mistakes show here, before any process is started
+        cfg = style(args).prepare(args)  # mistakes show here, before any process is started
+        if not args.eval_only:
+            style(args).run_folder(cfg).check(args.resume, args.allow_config_change)
         if "TORCHELASTIC_RUN_ID" in os.environ:
             _join_torchrun()
             work(args)
+        elif args.num_gpus * args.num_machines > 1:
+            with _sigterm_for_children():
+                launch(work, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args=(args,))
         else:
-            launch(work, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args=(args,))
+            work(args)
     except D2kdError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_MISTAKE
+    except Preempted:
+        return _preempted()
     except ProcessExitedException as error:
+        if error.exit_code == EXIT_PREEMPTED:
+            return _preempted()
         if error.exit_code != EXIT_MISTAKE:
             raise
         return EXIT_MISTAKE  # the worker has said what was wrong
@@ -71,6 +93,15 @@ def main(argv: Optional[List[str]] = None) -> int:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
     return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """detectron2's arguments and d2kd's."""
+    arguments = default_argument_parser(EPILOG)
+    arguments.add_argument(
+        ALLOW, action="store_true", help="let --resume go on although config or teacher are not the run's"
+    )
+    return arguments
 
 
 def style(args: argparse.Namespace) -> ModuleType:
@@ -82,9 +113,14 @@ def work(args: argparse.Namespace) -> Dict[str, Any]:
     """What each process does."""
     try:
         cfg = style(args).prepare(args)
+        folder = style(args).run_folder(cfg)
+        if not args.eval_only:
+            style(args).set_seed(cfg, _seed(folder, args.resume))
         default_setup(cfg, args)
-        output_dir = cfg.OUTPUT_DIR if hasattr(cfg, "OUTPUT_DIR") else cfg.train.output_dir
-        setup_logger(output_dir, distributed_rank=comm.get_rank(), name="d2kd")
+        setup_logger(folder.path, distributed_rank=comm.get_rank(), name="d2kd")
+        logging.getLogger("detectron2.engine.train_loop").addFilter(_is_no_mistake)
+        if comm.is_main_process() and not args.eval_only:
+            style(args).run_folder(cfg).record()
         return style(args).run(args, cfg)
     except D2kdError as error:
         if comm.get_world_size() == 1:
@@ -92,6 +128,39 @@ def work(args: argparse.Namespace) -> Dict[str, Any]:
         if comm.is_main_process():
             print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_MISTAKE)
+
+
+def _seed(folder: RunFolder, resume: bool) -> int:
+    """The config's seed; if that is negative, the one of the run that is resumed, or a random one."""
+    seed = folder.seed()
+    if seed < 0 and resume:
+        seed = folder.saved_seed()
+    return seed if seed >= 0 else comm.shared_random_seed()
+
+
+def _is_no_mistake(record: logging.LogRecord) -> bool:
+    """Keeps tracebacks of mistakes, which are told in one sentence at the end, out of detectron2's log."""
+    return not (record.exc_info and isinstance(record.exc_info[1], D2kdError))
+
+
+def _preempted() -> int:
+    print("stopped by SIGTERM and saved; the same command with --resume goes on", file=sys.stderr)
+    return EXIT_PREEMPTED
+
+
+@contextmanager
+def _sigterm_for_children() -> Iterator[None]:
+    """Hands SIGTERM on to the processes that this one has started, and waits for them."""
+
+    def hand_on(signum: int, _: Any) -> None:
+        for child in multiprocessing.active_children():
+            child.terminate()
+
+    previous = signal.signal(signal.SIGTERM, hand_on)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _join_torchrun() -> None:

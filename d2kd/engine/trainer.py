@@ -2,17 +2,23 @@
 
 import os
 from contextlib import contextmanager
-from typing import Any, Iterator
+from typing import Any, Dict, Iterator, List
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import DefaultTrainer, create_ddp_model, defaults
+from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model, defaults, hooks
 from detectron2.evaluation import COCOEvaluator
 from detectron2.solver import build_optimizer
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
+from detectron2.utils import comm
 from torch import nn
+from torch.utils.data import DataLoader
 
 from ..errors import D2kdError, nearest
+from .checkpointing import RunCheckpointer
+from .loader import build_train_loader
+from .randomness import seeded
+from .run_hooks import EMA, FiniteLosses, run_hooks
 
 OPTIMIZERS = ("SGD", "AdamW")
 
@@ -25,25 +31,54 @@ def wrap_ddp(model: nn.Module, **options: Any) -> nn.Module:
 
 
 @contextmanager
-def _ddp_on_cpu() -> Iterator[None]:
-    """DefaultTrainer's constructor calls its module's ``create_ddp_model`` and offers no other way in."""
-    original, defaults.create_ddp_model = defaults.create_ddp_model, wrap_ddp
+def _parts_of_ours() -> Iterator[None]:
+    """DefaultTrainer's constructor takes these parts from its module and offers no other way in."""
+    ours = {"create_ddp_model": wrap_ddp, "DetectionCheckpointer": RunCheckpointer}
+    originals = {name: getattr(defaults, name) for name in ours}
     try:
+        vars(defaults).update(ours)
         yield
     finally:
-        defaults.create_ddp_model = original
+        vars(defaults).update(originals)
 
 
 class Trainer(DefaultTrainer):
-    """Trains teachers, plain baselines and students alike.
+    """Trains teachers, plain baselines and students alike; a resumed run ends with the weights of an unbroken one.
 
     Args:
-        cfg: with d2kd's keys.
+        cfg: with d2kd's keys. A negative SEED stands for a random one.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
-        with _ddp_on_cpu():
+        if cfg.SEED < 0:
+            cfg = cfg.clone()
+            cfg.merge_from_list(["SEED", comm.shared_random_seed()])
+        with _parts_of_ours():
             super().__init__(cfg)
+        FiniteLosses(self._trainer)
+
+    def build_hooks(self) -> List[HookBase]:
+        """DefaultTrainer's hooks with d2kd's saving instead of its own, and the EMA's evaluation."""
+        cfg, model = self.cfg, self.checkpointer.model
+        ema = EMA(model, cfg.SOLVER.EMA_DECAY, cfg.OUTPUT_DIR) if cfg.SOLVER.EMA_DECAY else None
+        built = [hook for hook in super().build_hooks() if hook and not isinstance(hook, hooks.PeriodicCheckpointer)]
+        place = next(i for i, hook in enumerate(built) if isinstance(hook, hooks.EvalHook))
+        if ema:
+            evaluate_ema = hooks.EvalHook(cfg.TEST.EVAL_PERIOD, lambda: {"ema": self._test_ema(ema.average)})
+            built.insert(place + 1, evaluate_ema)
+        loader = self._trainer.data_loader
+        built[place:place] = run_hooks(self.checkpointer, loader, cfg.SEED, ema, period=cfg.SOLVER.CHECKPOINT_PERIOD)
+        return built
+
+    def _test_ema(self, average: nn.Module) -> Dict[str, Any]:
+        cfg = self.cfg.clone()
+        cfg.merge_from_list(["OUTPUT_DIR", os.path.join(cfg.OUTPUT_DIR, "ema")])
+        return self.test(cfg, average)
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> DataLoader:
+        with seeded(cfg.SEED):  # samplers draw their own seeds
+            return build_train_loader(cfg)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:

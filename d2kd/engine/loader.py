@@ -1,0 +1,169 @@
+"""Training batches as a function of seed and iteration alone, so that a resumed run sees what it would have seen.
+
+detectron2's own loader starts from the first image whenever a run starts, and what its workers draw for augmentation
+depends on what they drew before. Here every sample has a seed of its own.
+"""
+
+import itertools
+import logging
+import random
+import signal
+from typing import Any, Callable, Iterator, List, Optional, Sequence, Tuple, Union
+
+import torch
+from detectron2.config import configurable
+from detectron2.data import DatasetFromList, build_detection_train_loader
+from detectron2.data.build import _train_loader_from_config, trivial_batch_collator
+from detectron2.data.samplers import GroupedBatchSampler, TrainingSampler
+from detectron2.utils import comm
+from detectron2.utils.serialize import PicklableWrapper
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+
+from ..errors import D2kdError
+from .randomness import SAMPLES, seeded
+
+TRIES = 100
+
+
+class SeededDataset(Dataset):
+    """Samples that depend on a seed and their position in the training stream only.
+
+    Args:
+        dataset: dataset dicts by index.
+        mapper: makes a sample of one, or None if it cannot; another one is drawn instead then.
+        seed: of the run.
+    """
+
+    def __init__(self, dataset: Any, mapper: Callable[[Any], Any], seed: int) -> None:
+        self.dataset = dataset
+        self.mapper = PicklableWrapper(mapper)
+        self.seed = seed
+
+    def __getitem__(self, place: Tuple[int, int]) -> Any:
+        """Returns the sample for (index in the data set, position in the stream).
+
+        Raises:
+            D2kdError: the mapper made nothing of many samples in a row.
+        """
+        index, position = place
+        with seeded(self.seed, SAMPLES, position):
+            for _ in range(TRIES):
+                sample = self.mapper(self.dataset[index])
+                if sample is not None:
+                    return sample
+                index = random.randrange(len(self.dataset))
+        raise D2kdError(f"{TRIES} images in a row could not be used; check the training set's images and annotations")
+
+
+class ResumableBatches(Sampler):
+    """Batches of (index, position) of this process, from any iteration on.
+
+    Args:
+        sampler: an endless stream of indices.
+        groups: of each index: a batch is of one group.
+        batch_size: images of a batch.
+    """
+
+    def __init__(self, sampler: Sampler, groups: Sequence[int], batch_size: int) -> None:
+        self.sampler = sampler
+        self.groups = groups
+        self.batch_size = batch_size
+        #: Iteration of the first batch. Set it before iterating.
+        self.start = 0
+
+    def __iter__(self) -> Iterator[List[Tuple[int, int]]]:
+        # Made here, since it keeps indices that fill no batch yet. Skipping reads indices only, no image.
+        batches = enumerate(GroupedBatchSampler(self.sampler, self.groups, self.batch_size))
+        rank, workers = comm.get_rank(), comm.get_world_size()
+        for iteration, batch in itertools.islice(batches, self.start, None):
+            drawn = itertools.count(iteration * self.batch_size)
+            # The position in the stream of all processes: augmentation does not depend on their number.
+            yield [(index, next(drawn) * workers + rank) for index in batch]
+
+
+@configurable(from_config=lambda cfg, **kwargs: {**_train_loader_from_config(cfg, **kwargs), "seed": cfg.SEED})
+def build_train_loader(
+    dataset: Union[List[Any], Dataset],
+    *,
+    mapper: Callable[[Any], Any],
+    sampler: Optional[Sampler] = None,
+    total_batch_size: int,
+    aspect_ratio_grouping: bool = True,
+    num_workers: int = 0,
+    collate_fn: Optional[Callable[[List[Any]], Any]] = None,
+    seed: int = 0,
+    **kwargs: Any,
+) -> DataLoader:
+    """Builds a loader as :func:`detectron2.data.build_detection_train_loader` does, whose stream can be resumed.
+
+    Batches are the same for any ``num_workers``. A data set that is an iterable cannot be resumed and gets detectron2's
+    own loader.
+
+    Args:
+        dataset: dataset dicts, as a list or by index.
+        mapper: makes a sample of a dataset dict.
+        sampler: an endless stream of indices; by default detectron2's :class:`TrainingSampler`.
+        total_batch_size: images of a batch over all processes.
+        aspect_ratio_grouping: whether a batch holds images either wider than high or not.
+        num_workers: processes that load.
+        collate_fn: makes a batch of a list of samples; by default the list itself.
+        seed: of the run, not negative; fixes augmentation, and the order unless ``sampler`` is given.
+        **kwargs: of :class:`torch.utils.data.DataLoader`.
+
+    Raises:
+        D2kdError: the batch cannot be divided by the number of processes.
+    """
+    workers = comm.get_world_size()
+    if total_batch_size < 1 or total_batch_size % workers:
+        raise D2kdError(
+            f"a batch of {total_batch_size} images cannot be divided by {workers} processes; set SOLVER.IMS_PER_BATCH "
+            "(LazyConfig: dataloader.train.total_batch_size) to a multiple"
+        )
+    if isinstance(dataset, IterableDataset):
+        return build_detection_train_loader(
+            dataset,
+            mapper=mapper,
+            sampler=sampler,
+            total_batch_size=total_batch_size,
+            aspect_ratio_grouping=aspect_ratio_grouping,
+            num_workers=num_workers,
+            collate_fn=collate_fn,
+            **kwargs,
+        )
+    groups = [_aspect(entry) if aspect_ratio_grouping else 0 for entry in _entries(dataset)]
+    sampler = sampler or TrainingSampler(len(groups), seed=seed)
+    samples = DatasetFromList(dataset, copy=False) if isinstance(dataset, list) else dataset
+    return DataLoader(
+        SeededDataset(samples, mapper, seed),
+        batch_sampler=ResumableBatches(sampler, groups, total_batch_size // workers),
+        num_workers=num_workers,
+        collate_fn=collate_fn or trivial_batch_collator,
+        worker_init_fn=_ignore_sigterm,
+        generator=torch.Generator(),  # else it draws from the model's random numbers whenever a run starts
+        **kwargs,
+    )
+
+
+def start_at(loader: Any, iteration: int) -> None:
+    """Lets a loader begin with the batch of an iteration; warns where it is of a kind that cannot."""
+    batches = getattr(loader, "batch_sampler", None)
+    if isinstance(batches, ResumableBatches):
+        batches.start = iteration
+    elif iteration > 0:
+        logging.getLogger(__name__).warning(
+            "The data loader is not d2kd's, so the order of images starts anew: the resumed run is not exact."
+        )
+
+
+def _entries(dataset: Union[List[Any], Dataset]) -> Iterator[Any]:
+    return (dataset[index] for index in range(len(dataset)))  # type: ignore[arg-type]
+
+
+def _aspect(entry: Any) -> int:
+    """As detectron2 groups: 0 for images wider than high, else 1."""
+    return 0 if entry["width"] > entry["height"] else 1
+
+
+def _ignore_sigterm(_: int) -> None:
+    """Slurm signals all processes of a job; without its workers the main process could not finish its iteration."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -1,0 +1,175 @@
+"""What a run's folder says about it: which config, which teacher. It keeps one run from spoiling another."""
+
+import hashlib
+import json
+import logging
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any, Dict, List, Sequence
+from urllib.parse import urlparse
+
+from detectron2.utils.file_io import PathManager
+
+from ..checkpoint import files
+from ..checkpoint.names import some
+from ..errors import D2kdError
+from .checkpointing import checkpoints_in, told_on_failure
+
+ALLOW = "--allow-config-change"
+_MISSING = "(absent)"
+
+
+@dataclass
+class RunFolder:
+    """The folder of a run, and what the present command wants to run in it.
+
+    Attributes:
+        path: the folder; it need not exist.
+        path_key: config key of the folder.
+        config: every value by dotted key; see :func:`flatten`.
+        seed_key: key of the seed; negative stands for any.
+        teacher: the teacher's weights, "" for none.
+        may_change: patterns of keys that a resumed run may change, since they change no iteration.
+        same_keys: whether a key that only one of two configs has makes them different.
+    """
+
+    path: str
+    path_key: str
+    config: Dict[str, Any]
+    seed_key: str
+    teacher: str
+    may_change: Sequence[str]
+    same_keys: bool
+
+    def check(self, resume: bool, allow_change: bool) -> None:
+        """Refuses what would spoil or mix up a run. A folder without checkpoints is free.
+
+        Args:
+            resume: whether the run is to go on with what is there.
+            allow_change: whether config and teacher may be others.
+
+        Raises:
+            D2kdError: there are checkpoints and ``resume`` is not set, or they are of another config or teacher.
+        """
+        if not checkpoints_in(self.path):
+            return
+        if not resume:
+            raise D2kdError(
+                f"{self.path} holds checkpoints of a run: continue it with --resume, set {self.path_key} to another "
+                "folder, or delete them"
+            )
+        if allow_change:
+            return
+        self._check_config()
+        self._check_teacher()
+
+    def seed(self) -> int:
+        """Seed of the config; negative for any."""
+        return int(self.config.get(self.seed_key, -1))
+
+    def saved_seed(self) -> int:
+        """Seed of the run that is in the folder; -1 if none is known."""
+        return int(_read_json(self._config_file).get(self.seed_key, -1))
+
+    def record(self) -> None:
+        """Writes run.json (the config) and teacher.json, and clears what a killed process left half written.
+
+        Raises:
+            D2kdError: the folder cannot be written.
+        """
+        for partial in Path(self.path).glob(f"*{files.PARTIAL}"):
+            partial.unlink()
+        content = {self._config_file: self.config}
+        if self.teacher:
+            content[self._teacher_file] = describe_file(self.teacher)
+        for path, value in content.items():
+            with told_on_failure(path):
+                files.write_text(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
+
+    @property
+    def _config_file(self) -> str:
+        return os.path.join(self.path, "run.json")
+
+    @property
+    def _teacher_file(self) -> str:
+        return os.path.join(self.path, "teacher.json")
+
+    def _check_config(self) -> None:
+        saved = _read_json(self._config_file)
+        if not saved:
+            logging.getLogger(__name__).warning(
+                "%s is missing or damaged, so the config is not compared", self._config_file
+            )
+            return
+        changes = [
+            f"{key} was {saved.get(key, _MISSING)} and is {self.config.get(key, _MISSING)}"
+            for key in self._different_keys(saved)
+        ]
+        if changes:
+            raise D2kdError(
+                f"{self.path} holds a run of another config: {some(changes)}; set {self.path_key} to another folder, "
+                f"or go on with the new values by {ALLOW}"
+            )
+
+    def _different_keys(self, saved: Dict[str, Any]) -> List[str]:
+        keys = saved.keys() | self.config.keys() if self.same_keys else saved.keys() & self.config.keys()
+        free = [*self.may_change, *([self.seed_key] if self.seed() < 0 else [])]
+        return sorted(
+            key
+            for key in keys
+            if saved.get(key, _MISSING) != self.config.get(key, _MISSING)
+            and not any(fnmatch(key, pattern) for pattern in free)
+        )
+
+    def _check_teacher(self) -> None:
+        saved = _read_json(self._teacher_file)
+        if not saved or not self.teacher:
+            return
+        present = describe_file(self.teacher)
+        if present["sha256"] != saved["sha256"]:
+            raise D2kdError(
+                f"the teacher {present['file']} is not the one this run was started with ({saved['file']}, SHA-256 "
+                f"{saved['sha256'][:12]}..., now {present['sha256'][:12]}...): put that file back, or go on with the "
+                f"new one by {ALLOW}"
+            )
+
+
+def flatten(node: Any, prefix: str = "") -> Dict[str, Any]:
+    """Every value of nested mappings by dotted key, as JSON gives it back; lists are values."""
+    if not isinstance(node, Mapping):
+        return {prefix: json.loads(json.dumps(node, default=_name))}
+    prefix = f"{prefix}." if prefix else ""
+    return {key: value for child in node for key, value in flatten(node[child], f"{prefix}{child}").items()}
+
+
+def describe_file(path: str) -> Dict[str, str]:
+    """Path as given, local file and SHA-256 of a file of weights.
+
+    Raises:
+        D2kdError: there is no such file.
+    """
+    try:
+        local = PathManager.get_local_path(urlparse(path)._replace(query="").geturl())
+        digest = hashlib.sha256(Path(local).read_bytes()).hexdigest()
+    except OSError as error:
+        raise D2kdError(f"the teacher's weights {path} cannot be read ({error}); check the path") from error
+    return {"path": path, "file": os.path.abspath(local), "sha256": digest}
+
+
+def _name(value: Any) -> str:
+    """For what JSON has no form for: classes and functions by their full names."""
+    if hasattr(value, "__qualname__"):
+        return f"{value.__module__}.{value.__qualname__}"
+    return re.sub(r" at 0x[0-9a-f]+", "", str(value))
+
+
+def _read_json(path: str) -> Dict[str, Any]:
+    """Content of a file; empty if it is missing or damaged."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
