@@ -15,6 +15,7 @@ from .modeling import add_detector_config
 
 # Set to 1, it lets configs use YAML tags that run code, as those of detectron2's model zoo do.
 ALLOW_UNSAFE_YAML = "D2KD_ALLOW_UNSAFE_YAML"
+PREFLIGHT_IMAGES = 16
 
 
 def add_distill_config(cfg: CfgNode) -> None:
@@ -24,6 +25,9 @@ def add_distill_config(cfg: CfgNode) -> None:
     # OPTS: overrides of the teacher's config, ["KEY", "value", ...].
     distill.TEACHER = CfgNode({"CONFIG_FILE": "", "WEIGHTS": "", "OPTS": []})
     distill.METHODS = ()
+    # On how many training images the teacher is checked before the first iteration; 0 for none.
+    # LazyConfig: train.preflight.
+    distill.PREFLIGHT = PREFLIGHT_IMAGES
     # For the next five, see DistillMetaArch and Schedule.
     distill.GRADIENT_PERIOD = 0
     distill.FEATURES = ()

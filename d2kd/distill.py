@@ -57,12 +57,16 @@ class Teacher:
         detector: a dense detector that holds its weights already.
         input_format: channel order it was trained with, "BGR" or "RGB".
         class_names: of its classes, where known; for MODEL.DISTILL.CLASS_MAP.
+        weights: the file that all of them come from, if they do; for reports.
     """
 
-    def __init__(self, detector: DenseDetector, input_format: str, class_names: Sequence[str] = ()) -> None:
+    def __init__(
+        self, detector: DenseDetector, input_format: str, class_names: Sequence[str] = (), weights: str = ""
+    ) -> None:
         self.detector = detector.eval().requires_grad_(False)
         self.input_format = input_format
         self.class_names = list(class_names)
+        self.weights = weights
 
     def __deepcopy__(self, memo: Dict[int, Any]) -> "Teacher":
         return self
@@ -129,7 +133,7 @@ def load_teacher(
     if not isinstance(detector, DenseDetector):
         raise D2kdError(f"the teacher of {config_file} is a {type(detector).__name__}, not a dense detector")
     load_strict(detector, weights)
-    teacher = Teacher(detector, input_format or config_format, names)
+    teacher = Teacher(detector, input_format or config_format, names, weights)
     logging.getLogger(__name__).info("Teacher %s (%s) from %s", Path(path).name, teacher.input_format, weights)
     return teacher
 

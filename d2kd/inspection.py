@@ -1,13 +1,16 @@
 """How student, teacher and methods are wired, and how strongly each loss pulls at the FPN."""
 
+from collections import Counter
 from typing import Any, Dict, List, Mapping, Sequence
 
 import torch
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.utils.events import EventStorage
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from .dense import Features, level_channels, level_strides
+from .dense import Features, level_channels, level_strides, run_dense
+from .errors import D2kdError
 
 # A method's gradient at the FPN beyond these multiples of the detection losses' is worth a warning.
 TOO_STRONG, TOO_WEAK = 10.0, 0.01
@@ -58,7 +61,12 @@ def dry_run(model: Any, batch: List[Dict[str, Any]]) -> str:
 
     Returns:
         The wiring, what each method reads, and every loss with its gradient, then warnings, if any.
+
+    Raises:
+        D2kdError: it has no methods.
     """
+    if not getattr(model, "methods", ()):
+        raise D2kdError("--dry-run shows what methods do, but the config has none: set MODEL.DISTILL.METHODS")
     period, model.gradient_period = model.gradient_period, 1
     try:
         with EventStorage() as storage:
@@ -71,28 +79,60 @@ def dry_run(model: Any, batch: List[Dict[str, Any]]) -> str:
     return "\n\n".join([wiring(model), readings(model), loss_table(losses, ratios), *said])
 
 
+@torch.no_grad()
+def levels_not_finite(model: Any, batch: List[Dict[str, Any]]) -> List[str]:
+    """Levels on which features or predictions of a detector, or of its teacher, are not finite for a batch.
+
+    Args:
+        model: any :class:`DenseDetector`.
+        batch: images, as :class:`DatasetMapper` gives them.
+
+    Returns:
+        Such as "student p3"; empty where all are finite, or the model is none.
+    """
+    if not isinstance(model, DenseDetector):
+        return []
+    outputs = {"student": run_dense(model, model.preprocess_image(batch))}
+    if getattr(model, "teacher", None) is not None:
+        outputs["teacher"] = model.teacher(batch, getattr(model, "input_format", "BGR"))
+    found = []
+    for who, out in outputs.items():
+        for name, *maps in zip(out.detector.head_in_features, out.features, *out.predictions):
+            if not all(level.isfinite().all() for level in maps):
+                found.append(f"{who} {name}")
+    return found
+
+
 def wiring(model: Any) -> str:
-    """A table of what student and teacher have, level by level and as a whole.
+    """Tables of what student and teacher have, level by level and as a whole.
 
     Args:
         model: a :class:`DistillMetaArch` with a teacher.
     """
-    teacher = model.teacher.detector
-    rows: List[List[Any]] = []
-    names = zip(model.head_in_features, teacher.head_in_features)
-    numbers = [zip(f(model), f(teacher)) for f in (level_strides, level_channels)]
-    anchors = zip(model.anchor_generator.num_anchors, teacher.anchor_generator.num_anchors)
-    for name, stride, channels, slots in zip(names, *numbers, anchors):
-        for what, pair in (("level", name), ("stride", stride), ("channels", channels), ("anchors per place", slots)):
-            rows.append([f"{what} {len(rows) // 4 + 1}" if what == "level" else f"  {what}", *pair])
-    for what, value in (
-        ("detector", lambda d: type(d).__name__),
-        ("parameters", lambda d: f"{parameters(d) / 1e6:.2f} M"),
-        ("classes", lambda d: d.num_classes),
-    ):
-        rows.append([what, value(model), value(teacher)])
-    rows.append(["channel order", getattr(model, "input_format", "BGR"), model.teacher.input_format])
-    return tabulate(rows, headers=["", "student", "teacher"], tablefmt="simple", disable_numparse=True)
+    both = (model, model.teacher.detector)
+    names, strides, channels, anchors = (
+        zip(*(of(detector) for detector in both))
+        for of in (
+            lambda d: d.head_in_features,
+            level_strides,
+            level_channels,
+            lambda d: d.anchor_generator.num_anchors,
+        )
+    )
+    levels = [[" / ".join(map(str, pair)) for pair in level] for level in zip(names, strides, channels, anchors)]
+    whole = [
+        ["detector", *(type(detector).__name__ for detector in both)],
+        ["parameters", *(f"{parameters(detector) / 1e6:.2f} M" for detector in both)],
+        ["classes", *(detector.num_classes for detector in both)],
+        ["channel order", getattr(model, "input_format", "BGR"), model.teacher.input_format],
+    ]
+    headers = ["level (student / teacher)", "stride", "channels", "anchors per place"]
+    return "\n\n".join(
+        [
+            tabulate(whole, headers=["", "student", "teacher"], tablefmt="simple", disable_numparse=True),
+            tabulate(levels, headers=headers, tablefmt="simple", disable_numparse=True),
+        ]
+    )
 
 
 def parameters(detector: nn.Module) -> int:
@@ -108,10 +148,12 @@ def readings(model: Any) -> str:
         reads = "predictions" if method.reads_head else maps
         cuts = ", ".join(f"cut {cut.convs}{' before activation' if cut.pre_activation else ''}" for cut in method.cuts)
         trained = sum(p.numel() for p in method.parameters())
-        shapes = [f"{m.in_channels}->{m.out_channels}" for m in method.modules() if isinstance(m, nn.Conv2d)]
-        adapters = f"{trained} parameters: conv {', '.join(dict.fromkeys(shapes))}" if trained else "none"
+        kinds = Counter(type(m).__name__ for m in method.modules() if m._parameters)
+        adapters = (
+            f"{trained} parameters: {', '.join(f'{n} {kind}' for kind, n in kinds.items())}" if trained else "none"
+        )
         rows.append([type(method).__name__, f"{reads}, {cuts}" if cuts else reads, adapters])
-    return tabulate(rows, headers=["method", "reads", "adapters"], tablefmt="simple")
+    return tabulate(rows, headers=["method", "reads", "trains"], tablefmt="simple")
 
 
 def loss_table(losses: Mapping[str, Tensor], ratios: Mapping[str, float]) -> str:

@@ -5,9 +5,10 @@ import re
 import pytest
 import torch
 from detectron2.utils.events import EventStorage
-from small import batch, build, distill_config, save_teacher
+from small import CONFIGS, batch, build, distill_config, save_teacher
 
-from d2kd.inspection import dry_run, gradient_ratios, warnings
+from d2kd.engine import main
+from d2kd.inspection import dry_run, gradient_ratios, levels_not_finite, warnings
 
 WIDER = ("MODEL.FPN.OUT_CHANNELS", "64")
 
@@ -43,10 +44,9 @@ def test_dry_run_describes_the_wiring(teacher_file):
     before = {key: value.clone() for key, value in model.state_dict().items()}
     text = dry_run(model, batch())
     for words in (
-        r"channels\s+32\s+64",
-        r"stride\s+64\s+64",
+        r"p3 / p3\s+8 / 8\s+32 / 64\s+9 / 9",
         r"classes\s+3\s+3",
-        r"PKD\s+FPN features\s+\d+ parameters: conv 32->64",
+        r"PKD\s+FPN features\s+8448 parameters: 4 Conv2d",
         r"loss_pkd_feature\s+[\d.e+]+\s+[\d.e+]+",
         "warning: pkd pulls .* lower its weight",
     ):
@@ -62,3 +62,32 @@ def test_ratios_are_logged_every_so_many_iterations(teacher_file):
             losses = model(batch())
         assert ("gradient/pkd" in storage.latest()) == logged
         sum(losses.values()).backward()
+
+
+@pytest.mark.parametrize("style", ["yaml", "lazy"])
+def test_command_line(teacher_file, blood_cells, tmp_path, capsys, style):
+    """It prints, and writes nothing."""
+    file = save_teacher(tmp_path / "teacher.pth")
+    words = {
+        "yaml": ["configs/quick_crosskd_retinanet.yaml", "MODEL.DISTILL.TEACHER.WEIGHTS", str(file)],
+        "lazy": ["configs/lazy/quick_crosskd_retinanet.py", f"model.teacher.weights={file}"],
+    }[style]
+    out = {"yaml": ["OUTPUT_DIR", str(tmp_path / "out")], "lazy": [f"train.output_dir={tmp_path / 'out'}"]}[style]
+    assert main(["--dry-run", "--config-file", str(CONFIGS.parent / words[0]), *words[1:], *out]) == 0
+    assert "loss_crosskd_box" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+def test_command_line_without_methods(blood_cells, capsys):
+    assert main(["--dry-run", "--config-file", str(CONFIGS / "quick_retinanet.yaml")]) == 2
+    assert "set MODEL.DISTILL.METHODS" in capsys.readouterr().err
+
+
+def test_levels_that_are_not_finite_are_named(teacher_file):
+    model = make(teacher_file)
+    assert levels_not_finite(model, batch()) == []
+    with torch.no_grad():
+        model.teacher.detector.backbone.fpn_output4.bias[0] = torch.nan
+        model.backbone.fpn_output3.bias[0] = torch.inf
+    assert levels_not_finite(model, batch()) == ["student p3", "teacher p4"]
+    assert levels_not_finite(torch.nn.Identity(), batch()) == []

@@ -58,7 +58,8 @@ class Case:
             torch.cat(self.levels(f"tgt.{name}"), dim=1) for name in ("labels", "bbox_targets", "label_weights")
         )
         positive = (labels < settings["num_classes"]) & (weights > 0)
-        self.targets = Targets(instances, labels.long(), boxes, weights, torch.tensor(1.0), positive)
+        padded = tuple(golden["in.pad_shape"].amax(0).tolist())
+        self.targets = Targets(instances, labels.long(), boxes, weights, torch.tensor(1.0), positive, padded)
 
     def levels(self, name: str) -> List[Tensor]:
         return [self.golden[f"{name}.{level}"] for level in range(len(self.strides))]
@@ -159,8 +160,9 @@ def random_case(boxes: Tuple[int, ...], dtype: torch.dtype = torch.float32) -> T
     labels = torch.full((len(boxes), 80), 3)
     for i, count in enumerate(boxes):
         labels[i, 9 : 9 + count] = 1
+    weights = torch.ones(len(boxes), 80)
     targets = Targets(
-        instances, labels, torch.zeros(len(boxes), 80, 4), torch.ones(len(boxes), 80), torch.tensor(1.0), labels < 3
+        instances, labels, weights.new_zeros(*labels.shape, 4), weights, torch.tensor(1.0), labels < 3, (64, 64)
     )
     return (*pair, targets)
 
@@ -197,9 +199,9 @@ def test_only_enabled_terms_are_there() -> None:
 
 @pytest.mark.parametrize(("own", "theirs"), [(None, 16), (16, None), (16, 8), (None, None)])
 def test_heads_that_do_not_fit_are_refused(own: Optional[int], theirs: Optional[int]) -> None:
-    LD().setup(detector(3, [8], 4, 16), detector(3, [8], 4, 16))
+    LD().setup(detector(3, [8], 4, 16), detector(3, [8], 4, 16), [(8, 8)])
     with pytest.raises(D2kdError, match=f"the student has {own} and the teacher {theirs}"):
-        LD().setup(detector(3, [8], 4, own), detector(3, [8], 4, theirs))
+        LD().setup(detector(3, [8], 4, own), detector(3, [8], 4, theirs), [(8, 8)])
 
 
 def test_centre_distances() -> None:

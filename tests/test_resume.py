@@ -35,7 +35,7 @@ LAZY = str(CONFIGS / "lazy" / "quick_crosskd_retinanet.py")
 SHORT = ["SEED", "5", "SOLVER.MAX_ITER", "6", "SOLVER.CHECKPOINT_PERIOD", "2"]
 SHORT += ["SOLVER.WARMUP_ITERS", "2", "DATASETS.TEST", "()"]
 RANDOM_VIEWS = ["INPUT.CROP.ENABLED", "True", "INPUT.MIN_SIZE_TRAIN", "(96,112,128)"]
-UNEQUAL = ["MODEL.DISTILL.METHODS", "('PKD',)", "MODEL.DISTILL.TEACHER.OPTS", "['MODEL.FPN.OUT_CHANNELS','64']"]
+UNEQUAL = ["MODEL.DISTILL.METHODS", "('PKD', 'MGD')", "MODEL.DISTILL.TEACHER.OPTS", "['MODEL.FPN.OUT_CHANNELS','64']"]
 LAZY_SHORT = ["train.seed=5", "train.max_iter=6", "train.checkpointer.period=2", "train.eval_period=0"]
 
 
@@ -130,7 +130,7 @@ def unbroken(teachers, tmp_path_factory):
 CASES = {
     "random views, EMA": ({}, [*RANDOM_VIEWS, "SOLVER.EMA_DECAY", "0.9"]),
     "two loading processes": ({}, [*RANDOM_VIEWS, "DATALOADER.NUM_WORKERS", "2"]),
-    "adapters": ({"teacher": "wide.pth"}, [*UNEQUAL, "SOLVER.OPTIMIZER", "SGD"]),
+    "adapters, random masks": ({"teacher": "wide.pth"}, [*UNEQUAL, "SOLVER.OPTIMIZER", "SGD"]),
     "FCOS": ({}, ["MODEL.META_ARCHITECTURE", "FCOS", "MODEL.DISTILL.METHODS", "()"]),
     "LazyConfig": ({"make": lazy_command}, ["train.ema_decay=0.9"]),
 }
@@ -152,8 +152,8 @@ def test_killed_and_resumed_equals_unbroken(case, teachers, tmp_path, at):
     assert resume(broken, teachers, *opts, **options) == 0
     assert_same_end(tmp_path / "unbroken", broken)
     state = files.read(str(broken / "model_final.pth"))
-    if case == "adapters":
-        assert any(key.startswith("distill.pkd.adapters") for key in state["model"])
+    if "adapters" in case:
+        assert any(key.startswith("distill.mgd.") for key in state["model"])
     if "EMA" in case:
         assert_same(*(files.read(str(tmp_path / run / "model_ema_final.pth")) for run in ("unbroken", "broken")))
     if case == "FCOS":
@@ -180,6 +180,16 @@ def test_sigterm_finishes_the_iteration_and_saves(teachers, unbroken, tmp_path, 
     assert (tmp_path / "last_checkpoint").read_text() == "model_0000002.pth"
     assert signal.getsignal(signal.SIGTERM) == before
     assert resume(tmp_path, teachers) == 0
+    assert_same_end(unbroken, tmp_path)
+
+
+def test_a_restart_by_torchrun_resumes(teachers, unbroken, tmp_path, at, monkeypatch):
+    """With --max-restarts it repeats the command without --resume."""
+    at(4, kill)
+    with pytest.raises(Killed):
+        train(tmp_path, teachers)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert train(tmp_path, teachers) == 0
     assert_same_end(unbroken, tmp_path)
 
 

@@ -1,12 +1,9 @@
-"""train_net.py as users run it: both config styles, one and two processes, resuming, evaluating, mistakes."""
+"""train_net.py as users run it: both config styles, one and two processes, evaluating, mistakes."""
 
 import json
-import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -20,7 +17,7 @@ ROOT = CONFIGS.parent
 QUICK = str(CONFIGS / "quick_crosskd_retinanet.yaml")
 LAZY = str(CONFIGS / "lazy" / "quick_crosskd_retinanet.py")
 SAME_FOR_ANY_WORKERS = ["MODEL.DISTILL.SYNC_NORMALIZER", "True", "MODEL.DISTILL.CROSSKD.SYNC", "True"]
-SAME_FOR_ANY_WORKERS += ["INPUT.RANDOM_FLIP", "none", "SEED", "3", "TEST.EVAL_PERIOD", "0", "DATASETS.TEST", "()"]
+SAME_FOR_ANY_WORKERS += ["SEED", "3", "TEST.EVAL_PERIOD", "0", "DATASETS.TEST", "()"]
 
 
 @pytest.fixture(scope="module")
@@ -86,23 +83,6 @@ def test_two_processes_equal_one(teacher_file, tmp_path):
     for key, value in one.items():
         torch.testing.assert_close(two[key], value, rtol=1e-4, atol=1e-5, msg=lambda m, key=key: f"{key}: {m}")
     assert start.keys() == one.keys()
-
-
-@pytest.mark.slow
-def test_killed_run_resumes(teacher_file, tmp_path):
-    """Kill -9 after the first checkpoint; --resume goes on from it and ends with the last iteration."""
-    args = ["--config-file", QUICK, *overrides(teacher_file, tmp_path, "SOLVER.MAX_ITER", 40, "SEED", 1)]
-    args += ["SOLVER.CHECKPOINT_PERIOD", "2", "DATASETS.TEST", "()"]
-    with subprocess.Popen([sys.executable, "train_net.py", *args], cwd=ROOT, stdout=subprocess.DEVNULL) as process:
-        deadline = time.time() + 120
-        while not (tmp_path / "last_checkpoint").exists() and time.time() < deadline:
-            time.sleep(0.05)
-        os.kill(process.pid, signal.SIGKILL)
-    assert not (tmp_path / "model_final.pth").exists()
-    done = train_net(*args[:2], "--resume", *args[2:])
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "Starting training from iteration 0" not in done.stdout
-    assert torch.load(tmp_path / "model_final.pth", weights_only=False)["iteration"] == 39
 
 
 def test_lazy_run_with_overrides(teacher_file, tmp_path, capsys):

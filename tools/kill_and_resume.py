@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Kills a training run again and again with SIGKILL, resumes it, and compares the end with an unbroken run's.
 
-Both must end with the same model, optimizer, schedule and running state, bit for bit. Everything is tiny and lies in a
+It is killed up to --longest seconds after it began to train, or after its first, second or third new checkpoint. Both
+runs must end with the same model, optimizer, schedule and running state, bit for bit. Everything is tiny and lies in a
 temporary folder: a teacher of a few iterations, and drawn images.
 """
 
@@ -20,10 +21,11 @@ import torch
 
 from d2kd.checkpoint import files
 from d2kd.data import write_blood_cells
+from d2kd.engine.checkpointing import checkpoints_in
 
 ROOT = Path(__file__).resolve().parent.parent
 LOG = "Starting training from iteration"
-START_TIMEOUT = 300.0
+TIMEOUT = 300.0
 
 
 class Runs:
@@ -77,19 +79,26 @@ class Runs:
 
     def starts(self, name: str) -> int:
         """How often the run has begun to train."""
-        return self.log(name).read_text().count(LOG)
+        log = self.log(name)
+        return log.read_text().count(LOG) if log.exists() else 0
 
 
 def kill_at_random(runs: Runs, name: str, longest: float, rng: random.Random) -> bool:
-    """Starts or resumes a run and kills it up to ``longest`` seconds after its first iteration began.
+    """Starts or resumes a run and kills it at a random moment after it began to train.
+
+    That is up to ``longest`` seconds after its start, or after its first, second or third new checkpoint.
 
     Returns:
         Whether it was killed; it may have ended before.
     """
-    before = runs.starts(name) if runs.log(name).exists() else 0
+    folder = str(runs.folder / name)
+    starts = runs.starts(name) + 1
+    checkpoints = len(checkpoints_in(folder)) + rng.randrange(4)
     process = runs.start_student(name)
-    deadline = time.monotonic() + START_TIMEOUT
-    while runs.starts(name) == before and process.poll() is None and time.monotonic() < deadline:
+    deadline = time.monotonic() + TIMEOUT
+    while process.poll() is None and time.monotonic() < deadline:
+        if runs.starts(name) >= starts and len(checkpoints_in(folder)) >= checkpoints:
+            break
         time.sleep(0.01)
     try:
         process.wait(rng.uniform(0.0, longest))
@@ -153,7 +162,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=20, help="how often to kill (default 20)")
     parser.add_argument("--iterations", type=int, default=200, help="of the run (default 200)")
     parser.add_argument("--period", type=int, default=3, help="iterations between checkpoints (default 3)")
-    parser.add_argument("--longest", type=float, default=1.5, help="seconds of training before a kill (default 1.5)")
+    parser.add_argument("--longest", type=float, default=1.0, help="see above, in seconds (default 1)")
     parser.add_argument("--workers", type=int, default=0, help="data loading processes (default 0)")
     parser.add_argument("--num-gpus", type=int, default=1, help="training processes, GPUs if there are any (default 1)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills (default 0)")

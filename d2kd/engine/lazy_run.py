@@ -2,7 +2,7 @@
 
 import argparse
 import inspect
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Tuple
 
 from detectron2.config import LazyConfig, instantiate
 from detectron2.data import build_detection_train_loader
@@ -14,22 +14,23 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
 from ..checkpoint import load_strict
-from ..config import find_config
+from ..config import PREFLIGHT_IMAGES, find_config
 from ..errors import D2kdError, nearest
 from .checkpointing import RunCheckpointer
 from .checks import check_datasets, check_weights_file, usable_device
 from .loader import build_train_loader
+from .preflight import check_teacher
 from .randomness import seeded
 from .run_folder import RunFolder, flatten
 from .run_hooks import EMA, FiniteLosses, run_hooks
 from .trainer import wrap_ddp
 
 # What d2kd reads beside detectron2's own keys of ``train``.
-TRAIN_DEFAULTS = {"seed": -1, "ema_decay": 0.0}
+TRAIN_DEFAULTS = {"seed": -1, "ema_decay": 0.0, "preflight": PREFLIGHT_IMAGES}
 # What a resumed run may change; see the list of yaml_run.
 MAY_CHANGE = (
     *("train.output_dir", "train.device", "train.eval_period", "train.log_period", "train.checkpointer.*"),
-    *("train.ddp.*", "dataloader.train.num_workers", "dataloader.test.*", "dataloader.evaluator.*"),
+    *("train.ddp.*", "train.preflight", "dataloader.train.num_workers", "dataloader.test.*", "dataloader.evaluator.*"),
     *("model.teacher.weights", "model.test_*", "model.max_detections_per_image"),
 )
 
@@ -115,6 +116,14 @@ def set_seed(cfg: DictConfig, seed: int) -> None:
     cfg.train.seed = seed
 
 
+def model_and_batch(cfg: DictConfig) -> Tuple[nn.Module, List[Dict[str, Any]]]:
+    """The model as training starts with it, and one batch of the training set."""
+    set_seed(cfg, max(cfg.train.seed, 0))
+    model = instantiate(cfg.model).to(cfg.train.device)
+    RunCheckpointer(model, save_to_disk=False).load(cfg.train.init_checkpoint)
+    return model.train(), next(iter(train_loader(cfg)))
+
+
 def run(args: argparse.Namespace, cfg: DictConfig) -> Dict[str, Any]:
     """Trains, or evaluates with ``--eval-only``; returns the evaluation's results."""
     model = instantiate(cfg.model).to(cfg.train.device)
@@ -166,6 +175,8 @@ def train(args: argparse.Namespace, cfg: DictConfig, model: nn.Module) -> Dict[s
     FiniteLosses(trainer)
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
     start = trainer.iter + 1 if args.resume and checkpointer.has_checkpoint() else 0
+    if start == 0:
+        check_teacher(checkpointer.model, trainer.data_loader, cfg.train.preflight)
     trainer.train(start, cfg.train.max_iter)
     return results
 

@@ -16,6 +16,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch.multiprocessing.spawn import ProcessExitedException
 
+from .. import inspection
 from ..errors import D2kdError
 from . import lazy_run, yaml_run
 from .checks import check_num_gpus
@@ -37,6 +38,9 @@ Train a teacher or a plain baseline: the same with a plain config:
 Change options, at the end, in the config's own style:
     $ python train_net.py --config-file cfg.yaml SOLVER.MAX_ITER 100 MODEL.DISTILL.CROSSKD.CUT 2
     $ python train_net.py --config-file cfg.py train.max_iter=100 model.methods.0.cut=2
+
+Look at one batch before a long run: wiring, losses, and whose weight is far off:
+    $ python train_net.py --config-file cfg.yaml --dry-run
 
 Evaluate; no teacher is needed:
     $ python train_net.py --config-file cfg.yaml --eval-only MODEL.WEIGHTS output/model_final.pth
@@ -63,11 +67,16 @@ def main(argv: Optional[List[str]] = None) -> int:
         has saved itself.
     """
     args = parser().parse_args(argv)
+    # torchrun --max-restarts repeats the command as it was.
+    args.resume = args.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     try:
         if not args.config_file:
             raise D2kdError("name a config: --config-file configs/crosskd_retinanet_R18.yaml")
         check_num_gpus(args.num_gpus)
         cfg = style(args).prepare(args)  # mistakes show here, before any process is started
+        if args.dry_run:
+            print(inspection.dry_run(*style(args).model_and_batch(cfg)))
+            return 0
         if not args.eval_only:
             style(args).run_folder(cfg).check(args.resume, args.allow_config_change)
         if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -100,6 +109,12 @@ def parser() -> argparse.ArgumentParser:
     arguments = default_argument_parser(EPILOG)
     arguments.add_argument(
         ALLOW, action="store_true", help="let --resume go on although config or teacher are not the run's"
+    )
+    arguments.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="run one batch, show how student, teacher and methods fit, what each loss is and how strongly it pulls at "
+        "the FPN, and write nothing",
     )
     return arguments
 

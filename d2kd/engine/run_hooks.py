@@ -14,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..checkpoint import files
 from ..errors import D2kdError
+from ..inspection import levels_not_finite
 from .checkpointing import RunCheckpointer, told_on_failure
 from .loader import start_at
 from .randomness import ITERATIONS, seed_all
@@ -154,14 +155,14 @@ class Saving(hooks.PeriodicCheckpointer):
 
 
 class FiniteLosses(HookBase):
-    """Ends training before the weights are touched when a loss is not finite, and names loss and images of all ranks.
+    """Ends training before the weights are touched when a loss is not finite; names loss, levels and images.
 
     Args:
         trainer: the one that runs the steps; the hook registers itself.
     """
 
     def __init__(self, trainer: SimpleTrainer) -> None:
-        self._images: List[str] = []
+        self._batch: List[Dict[str, Any]] = []
         self._losses: Dict[str, Tensor] = {}
         trainer.model.register_forward_hook(self._keep)
         trainer.register_hooks([self])
@@ -169,7 +170,7 @@ class FiniteLosses(HookBase):
     def _keep(self, model: nn.Module, inputs: Sequence[Any], losses: Any) -> None:
         if model.training:
             self._losses = {key: loss.detach().float() for key, loss in losses.items()}
-            self._images = [f"{image.get('image_id')} ({image.get('file_name')})" for image in inputs[0]]
+            self._batch = inputs[0]
 
     def after_backward(self) -> None:
         found = [report for report in comm.all_gather(self._report()) if report]
@@ -183,7 +184,11 @@ class FiniteLosses(HookBase):
         if torch.stack(list(self._losses.values())).isfinite().all():
             return ""
         wrong = [f"{key} is {loss.item()}" for key, loss in self._losses.items() if not loss.isfinite()]
-        return f"{', '.join(wrong)} on images {', '.join(self._images)}"
+        images = [f"{image.get('image_id')} ({image.get('file_name')})" for image in self._batch]
+        model = self.trainer.model
+        levels = levels_not_finite(getattr(model, "module", model), self._batch)
+        where = f" (not finite already: {', '.join(levels)})" if levels else ""
+        return f"{', '.join(wrong)}{where} on images {', '.join(images)}"
 
 
 def run_hooks(

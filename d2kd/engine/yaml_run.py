@@ -1,16 +1,18 @@
 """One run from a YAML config."""
 
 import argparse
-from typing import Any, Dict
+from typing import Any, Dict, List, Tuple
 
 import yaml
 from detectron2.config import CfgNode
+from torch import nn
 
 from ..checkpoint import load_strict
 from ..config import detector_node, drop_teacher, load_config
 from ..errors import D2kdError
 from .checkpointing import RunCheckpointer
 from .checks import check_datasets, check_weights_file, usable_device
+from .preflight import check_teacher
 from .run_folder import RunFolder, flatten
 from .trainer import Trainer
 
@@ -18,7 +20,8 @@ from .trainer import Trainer
 # The teacher's file may have moved: its SHA-256 is compared instead.
 MAY_CHANGE = (
     *("OUTPUT_DIR", "VERSION", "VIS_PERIOD", "CUDNN_BENCHMARK", "DATALOADER.NUM_WORKERS", "SOLVER.CHECKPOINT_PERIOD"),
-    *("MODEL.DEVICE", "MODEL.DISTILL.TEACHER.WEIGHTS", "DATASETS.TEST", "TEST.*", "*_TEST"),
+    *("MODEL.DEVICE", "MODEL.DISTILL.TEACHER.WEIGHTS", "MODEL.DISTILL.PREFLIGHT"),
+    *("DATASETS.TEST", "TEST.*", "*_TEST"),
 )
 
 
@@ -62,12 +65,23 @@ def set_seed(cfg: CfgNode, seed: int) -> None:
     cfg.merge_from_list(["SEED", seed])
 
 
+def model_and_batch(cfg: CfgNode) -> Tuple[nn.Module, List[Dict[str, Any]]]:
+    """The model as training starts with it, and one batch of the training set."""
+    cfg = cfg.clone()
+    set_seed(cfg, max(cfg.SEED, 0))
+    model = Trainer.build_model(cfg)
+    RunCheckpointer(model, save_to_disk=False).load(cfg.MODEL.WEIGHTS)
+    return model.train(), next(iter(Trainer.build_train_loader(cfg)))
+
+
 def run(args: argparse.Namespace, cfg: CfgNode) -> Dict[str, Any]:
     """Trains, or evaluates with ``--eval-only``; returns the evaluation's results."""
     if args.eval_only:
         return evaluate(args, cfg)
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=args.resume)
+    if trainer.start_iter == 0:
+        check_teacher(trainer.checkpointer.model, trainer._trainer.data_loader, cfg.MODEL.DISTILL.PREFLIGHT)
     return trainer.train() or getattr(trainer, "_last_eval_results", {})
 
 

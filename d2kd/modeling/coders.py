@@ -69,7 +69,8 @@ class IntegralBoxTransform:
         """
         probs = deltas.float().unflatten(1, [4, self.reg_max + 1]).softmax(-1)
         bins = torch.arange(self.reg_max + 1, dtype=probs.dtype, device=probs.device)
-        return self._distances.apply_deltas((probs * bins).sum(-1) / self.anchor_scale, boxes)
+        # sum(2), not sum(-1): of no boxes at all onnxruntime (1.31) gives the latter a wrong shape.
+        return self._distances.apply_deltas((probs * bins).sum(2) / self.anchor_scale, boxes)
 
     def get_deltas(self, src_boxes: Tensor, target_boxes: Tensor) -> Tensor:
         """Distances of boxes' sides from anchors' centres.

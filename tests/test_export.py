@@ -1,0 +1,264 @@
+"""Exported files do what the detector does; every checkpoint of a run is a stock detectron2 checkpoint."""
+
+import importlib.util
+import json
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Callable, List
+
+import onnxruntime
+import pytest
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import get_cfg
+from detectron2.modeling import build_model
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
+from small import CONFIGS, save_teacher
+from torch import Tensor, nn
+
+from d2kd import export
+from d2kd.checkpoint import files
+from d2kd.config import load_config
+from d2kd.engine import main
+from d2kd.errors import D2kdError
+from d2kd.export import Detections, Exportable, check_agreement, export_onnx, export_torchscript, load_detector
+
+SIZE = (96, 128)
+SIZES = [SIZE, (128, 96), (100, 131)]
+DISTILL = str(CONFIGS / "quick_crosskd_retinanet.yaml")
+LAZY = str(CONFIGS / "lazy" / "quick_crosskd_retinanet.py")
+every = pytest.mark.parametrize("name", ["RetinaNet", "GFL", "ATSS", "FCOS"])
+
+
+def detector(folder: Path, name: str = "RetinaNet") -> DenseDetector:
+    """A tiny distilled detector out of a file; its teacher does not exist."""
+    weights = save_teacher(folder / f"{name}.pth", "MODEL.META_ARCHITECTURE", name)
+    return load_detector(DISTILL, str(weights), ["MODEL.META_ARCHITECTURE", f"Distill{name}"])
+
+
+def image(size: Any = (112, 120)) -> Tensor:
+    return 255 * torch.rand(3, *size, generator=torch.Generator().manual_seed(1))
+
+
+def plain(model: nn.Module, picture: Tensor) -> Detections:
+    found = model([{"image": picture}])[0]["instances"]
+    return found.pred_boxes.tensor, found.scores, found.pred_classes
+
+
+@pytest.fixture(scope="module")
+def tool() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("export_tool", CONFIGS.parent / "tools" / "export.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def call(tool: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    def run(*args: Any) -> int:
+        short = ["--device", "cpu", "--seconds", "0.01", "--size", *SIZE]
+        monkeypatch.setattr(sys, "argv", ["export.py", *map(str, [*args, *short])])
+        return tool.main()
+
+    return run
+
+
+# --- files
+
+
+@every
+@pytest.mark.parametrize("write", [export_torchscript, export_onnx])
+def test_files_agree_with_the_detector(tmp_path: Path, name: str, write: Any) -> None:
+    model = detector(tmp_path, name)
+    threshold = model.test_score_thresh
+    run = write(model, tmp_path / "file", SIZE)
+    agreements = check_agreement("file", run, model, SIZES)
+    assert [x.detections > 5 for x in agreements] == [True, False] * len(SIZES)  # thresholds 0 and 1
+    assert max(x.unmatched for x in agreements) == 0
+    assert max(x.box for x in agreements) < 1e-3
+    assert max(x.score for x in agreements) < 1e-5
+    picture = image()
+    expected = plain(model, picture)  # with the config's own threshold, which exporting leaves alone
+    assert model.test_score_thresh == threshold
+    for ours, theirs in zip(run(picture, torch.tensor(threshold)), expected):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
+    # Of one candidate, all levels but one are empty.
+    only = Exportable(model)(picture, torch.tensor(0.0))[1][:2].mean()
+    for ours, theirs in zip(run(picture, only), Exportable(model)(picture, only)):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
+        assert len(theirs) < 5 or name == "ATSS"  # its threshold is not of the score that ranks
+
+
+def spoil(kind: str, found: Detections, threshold: Tensor) -> Detections:
+    boxes, scores, classes = found
+    if kind == "one detection more":
+        return tuple(torch.cat([x, x[:1]]) if threshold == 1 else x for x in found)
+    return {
+        "boxes": (boxes + 1, scores, classes),
+        "scores": (boxes, 0.9 * scores, classes),
+        "classes": (boxes, scores, (classes + 1) % 3),
+        "too few": (boxes[::2], scores[::2], classes[::2]),
+        "nothing": (boxes[:0], scores[:0], classes[:0]),
+        "another order": (boxes.flip(0), scores.flip(0), classes.flip(0)),
+    }[kind]
+
+
+@pytest.mark.parametrize("kind", ["boxes", "scores", "classes", "too few", "nothing"])
+def test_a_wrong_file_is_refused(tmp_path: Path, kind: str) -> None:
+    model = detector(tmp_path)
+    exportable = Exportable(model)
+    with pytest.raises(D2kdError, match=r"wrong\.ts does not do what the detector does: .* \d+ have no counterpart"):
+        check_agreement("wrong.ts", lambda x, t: spoil(kind, exportable(x, t), t), model, [SIZE])
+
+
+def test_a_fixed_threshold_is_refused_and_another_order_is_not(tmp_path: Path) -> None:
+    model = detector(tmp_path)
+    exportable = Exportable(model)
+    with pytest.raises(D2kdError, match=r"of \d+ and 0 detections"):
+        check_agreement("fixed.ts", lambda x, t: exportable(x, torch.tensor(0.0)), model, [SIZE])
+    run = lambda x, t: spoil("another order", exportable(x, t), t)  # noqa: E731
+    assert check_agreement("file", run, model, [SIZE])[0].box == 0
+
+
+def test_without_onnx_one_sentence_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else find(name))
+    with pytest.raises(D2kdError, match="needs onnxruntime: pip install onnxruntime, or --format torchscript"):
+        export_onnx(detector(tmp_path), tmp_path / "model.onnx", SIZE)
+
+
+# --- loading
+
+
+def test_a_lazy_config_needs_no_teacher_either(tmp_path: Path) -> None:
+    weights = str(save_teacher(tmp_path / "weights.pth"))
+    ours = load_detector(LAZY, weights, ["model.teacher.weights=gone.pth"])
+    assert ours.teacher is None
+    theirs = load_detector(DISTILL, weights)  # whose anchors differ in the last digits
+    torch.testing.assert_close(plain(ours, image())[1], plain(theirs, image())[1], rtol=1e-3, atol=1e-3)
+
+
+def test_other_detectors_are_refused() -> None:
+    with pytest.raises(D2kdError, match="makes a GeneralizedRCNN, not a dense detector"):
+        load_detector("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml", "any.pth")
+
+
+# --- the tool
+
+
+def test_tool_writes_files_and_a_table(tmp_path: Path, call: Callable[..., int], capsys: Any) -> None:
+    student = save_teacher(tmp_path / "student.pth")
+    teacher = save_teacher(tmp_path / "teacher.pth", "MODEL.FPN.OUT_CHANNELS", "64")
+    wide = tmp_path / "wide.yaml"
+    wide.write_text(f'_BASE_: "{CONFIGS}/quick_retinanet.yaml"\nMODEL: {{FPN: {{OUT_CHANNELS: 64}}}}\n')
+    compare = [f"teacher={wide}:{teacher}", f"plain={CONFIGS}/quick_retinanet.yaml:{student}"]
+    output = tmp_path / "new" / "folder"
+    assert call("--config-file", DISTILL, "--weights", student, "--output", output, "--compare", *compare) == 0
+    report = json.loads((output / "export.json").read_text())
+    rows = {row["model"]: row for row in report["models"]}
+    assert list(rows) == ["teacher", "plain", "student", "model.ts", "model.onnx (onnxruntime, CPU)"]
+    assert rows["teacher"]["parameters (M)"] > rows["plain"]["parameters (M)"] == rows["student"]["parameters (M)"]
+    assert rows["model.ts"]["size (MB)"] == (output / "model.ts").stat().st_size / 1e6
+    assert all(row["ms (median)"] > 0 for row in rows.values())
+    # The weights alone, without what torch.save adds.
+    assert 0.9 < rows["student"]["size (MB)"] / (student.stat().st_size / 1e6) < 1
+    assert report["input_format"] == "BGR"
+    assert {(x["file"], *x["size"]) for x in report["checks"]} == {
+        (file, *size) for file in ("model.ts", "model.onnx") for size in ((96, 128), (128, 96), (72, 85))
+    }
+    printed = capsys.readouterr().out
+    assert all(re.search(rf"^\| {re.escape(name)} ", printed, re.M) for name in rows)
+    assert "largest box difference (px)" in printed
+    # The files stand alone: plain torch and plain onnxruntime run them.
+    inputs = image(), torch.tensor(0.05)
+    traced = torch.jit.load(output / "model.ts")(*inputs)
+    session = onnxruntime.InferenceSession(output / "model.onnx", providers=["CPUExecutionProvider"])
+    assert [x.name for x in session.get_outputs()] == ["boxes", "scores", "classes"]
+    found = session.run(None, {"image": inputs[0].numpy(), "score_threshold": inputs[1].numpy()})
+    assert len(traced[0]) > 5
+    for ours, theirs in zip(found, traced):
+        torch.testing.assert_close(torch.from_numpy(ours), theirs, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--config-file", "gone.yaml"], r"config gone\.yaml is no file"),
+        (["--weights", "gone.pth"], r"gone\.pth: no such file"),
+        (["--config-file", str(CONFIGS / "quick_retinanet.yaml"), "--weights", "{wide}"], r"wide\.pth does not fit"),
+        (["--compare", "teacher"], r"--compare teacher: write label=config:weights"),
+        (["--compare", "teacher=gone.yaml:x.pth"], r"config gone\.yaml is no file"),
+        (["--output", "{wide}"], r"--output .*wide\.pth: File exists; name a folder"),
+    ],
+)
+def test_mistakes_end_with_one_sentence(
+    tmp_path: Path, call: Callable[..., int], capsys: Any, args: List[str], message: str
+) -> None:
+    wide = save_teacher(tmp_path / "wide.pth", "MODEL.FPN.OUT_CHANNELS", "64")
+    student = save_teacher(tmp_path / "student.pth")
+    good = ["--config-file", DISTILL, "--weights", student, "--output", tmp_path / "out"]
+    assert call(*good, *(arg.format(wide=wide) for arg in args)) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.match(f"error: .*{message}", error), error
+    assert not (tmp_path / "out").exists()
+
+
+def test_tool_removes_a_wrong_file(
+    tmp_path: Path, tool: ModuleType, call: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(model: DenseDetector, path: Path, size: Any) -> export.Run:
+        path.write_text("no model")
+        return lambda x, t: spoil("boxes", Exportable(model)(x, t), t)
+
+    monkeypatch.setitem(tool.FORMATS, "torchscript", ("model.ts", write))
+    weights = save_teacher(tmp_path / "student.pth")
+    args = ["--config-file", DISTILL, "--weights", weights, "--output", tmp_path / "out", "--format", "torchscript"]
+    assert call(*args) == 2
+    assert not list((tmp_path / "out").iterdir())
+
+
+# --- checkpoints of a run
+
+
+def test_every_checkpoint_of_a_run_is_one_of_stock_detectron2(tmp_path: Path, blood_cells: Path) -> None:
+    """Also those of the middle and the averaged weights; a config that detectron2 knows without this project."""
+    few = ["MODEL.DEVICE", "cpu", "MODEL.RETINANET.NUM_CLASSES", "3", "MODEL.WEIGHTS", "", "MODEL.FPN.OUT_CHANNELS"]
+    shared = [*few, "32", "MODEL.RETINANET.SCORE_THRESH_TEST", "0.0"]
+    config = str(CONFIGS / "retinanet_R18.yaml")
+    teacher = build_model(load_config(config, [*few, "48"]))
+    torch.save(teacher.state_dict(), tmp_path / "teacher.pth")
+    run = tmp_path / "run"
+    opts = [*shared, "OUTPUT_DIR", str(run), "MODEL.DISTILL.METHODS", "('PKD',)", "MODEL.DISTILL.PREFLIGHT", "0"]
+    opts += ["MODEL.DISTILL.TEACHER.CONFIG_FILE", "retinanet_R18.yaml"]
+    opts += ["MODEL.DISTILL.TEACHER.OPTS", repr([*few, "48"])]
+    opts += ["MODEL.DISTILL.TEACHER.WEIGHTS", str(tmp_path / "teacher.pth")]
+    opts += ["DATASETS.TRAIN", "('blood_cells_train',)", "DATASETS.TEST", "()", "INPUT.MIN_SIZE_TRAIN", "(96,)"]
+    opts += ["SOLVER.IMS_PER_BATCH", "1", "SOLVER.MAX_ITER", "2", "SOLVER.CHECKPOINT_PERIOD", "1"]
+    opts += ["SOLVER.EMA_DECAY", "0.5", "DATALOADER.NUM_WORKERS", "0", "TEST.EVAL_PERIOD", "0"]
+    distill = str(CONFIGS / "crosskd_retinanet_R18.yaml")
+    assert main(["--config-file", distill, *opts]) == 0
+
+    cfg = get_cfg()
+    cfg.merge_from_file(config)
+    cfg.merge_from_list(shared)
+    checkpoints = {path.name: path for path in run.glob("*.pth")}
+    assert {"model_0000000.pth", "model_final.pth", "model_ema_final.pth"} <= checkpoints.keys()
+    biases = set()
+    for name, path in checkpoints.items():
+        stock = build_model(cfg).eval()
+        DetectionCheckpointer(stock).load(str(path), checkpointables=[])
+        saved = files.read(str(path))["model"]
+        own = {key: value for key, value in saved.items() if not key.startswith("distill.")}
+        state = stock.state_dict()
+        assert own.keys() == state.keys(), name
+        assert all(torch.equal(state[key], value) for key, value in own.items()), name
+        biases.add(tuple(state["head.cls_score.bias"].tolist()))
+    assert len(biases) == 3  # of the middle, the end and their average
+    middle = str(checkpoints["model_0000000.pth"])
+    ours = load_detector(distill, middle, shared)
+    DetectionCheckpointer(stock).load(middle, checkpointables=[])
+    expected = plain(stock, image())
+    assert len(expected[0]) > 5
+    assert all(torch.equal(one, two) for one, two in zip(plain(ours, image()), expected))
