@@ -93,9 +93,7 @@ def load_detector(config_file: str, weights: str, opts: Sequence[str] = (), devi
         cfg.MODEL.DEVICE = device
         detector = build_model(cfg)
     if not (isinstance(detector, DenseDetector) and hasattr(detector, "test_score_thresh")):
-        raise D2kdError(
-            f"{config_file} makes a {type(detector).__name__}, which is no dense detector with test options"
-        )
+        raise D2kdError(f"{config_file} makes a {type(detector).__name__}, not a dense detector that can be exported")
     load_strict(detector, weights)
     return detector.requires_grad_(False).eval()
 

@@ -22,7 +22,10 @@ def test_links_and_paths_exist(page):
     assert not missing
 
 
-@pytest.mark.parametrize("script", ["train_net.py", "tools/demo.py", "tools/benchmark.py", "datasets/prepare_bccd.py"])
+TOOLS = [f"tools/{path.name}" for path in (ROOT / "tools").glob("*.py")]
+
+
+@pytest.mark.parametrize("script", ["train_net.py", "datasets/prepare_bccd.py", *TOOLS])
 def test_help_runs_and_is_clean(script):
     done = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True)
     assert done.returncode == 0

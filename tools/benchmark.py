@@ -16,14 +16,14 @@ from typing import Any, Callable, Dict, List
 
 import d2kd  # noqa: F401  # isort: skip  # first: it filters warnings that importing detectron2 gives
 import torch
-from detectron2.modeling import build_model
+from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from tabulate import tabulate
 
 from d2kd.config import load_config
 from d2kd.dense import DenseOutputs, make_targets, run_dense
-from d2kd.distill import DistillRetinaNet, Teacher
+from d2kd.distill import Teacher
 from d2kd.errors import D2kdError
 from d2kd.methods import CrossKD, build_method
 
@@ -41,12 +41,13 @@ class Benchmark:
         options = ["MODEL.DEVICE", args.device, "MODEL.WEIGHTS", ""]
         teacher_cfg = load_config(cfg.MODEL.DISTILL.TEACHER.CONFIG_FILE, [*cfg.MODEL.DISTILL.TEACHER.OPTS, *options])
         cfg.merge_from_list([*options, "MODEL.DISTILL.METHODS", ()])
-        parts = DistillRetinaNet.from_config(cfg)
+        student = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
+        parts = student.from_config(cfg)
         parts["teacher"] = Teacher(build_model(teacher_cfg), teacher_cfg.INPUT.FORMAT)
         parts["methods"] = [
             build_method(name, **{k.lower(): v for k, v in cfg.MODEL.DISTILL[name.upper()].items()}) for name in names
         ]
-        self.model = DistillRetinaNet(**parts).to(args.device).train()
+        self.model = student(**parts).to(args.device).train()
         self.batch = random_batch(args, self.model.num_classes)
 
     def median(self, function: Callable[[], Any]) -> float:
