@@ -163,21 +163,21 @@ def test_a_broken_teacher_is_refused_with_the_cause(mistake, folder, loader, tmp
 def test_a_random_backbone_is_not_silent(seed, folder, loader, tmp_path, log):
     """A trained head makes something of random features, so this is no clear case for every network."""
     model = student(altered(folder, tmp_path, random_part("backbone.", seed)))
+    said = ""
     try:
         check_teacher(model, loader, IMAGES)
     except D2kdError as error:
-        assert "the backbone's weights shuffled" in str(error)
-    else:
-        assert "The teacher is weak: AP50" in log.text
+        said = str(error)
+    assert "the backbone's weights shuffled" in said or "The teacher is weak: AP50" in log.text
 
 
 def test_a_key_prefix_that_matches_nothing(folder, tmp_path):
-    with pytest.raises(D2kdError, match="none of its .* keys match .first: detector.backbone.*expected e.g. backbone"):
+    with pytest.raises(D2kdError, match=r"none of its .* keys match .first: detector.backbone.*expected e.g. backbone"):
         student(altered(folder, tmp_path, prefixed))
 
 
 def test_another_number_of_classes(folder):
-    with pytest.raises(D2kdError, match="the student has 4 classes and the teacher 3.*MODEL.DISTILL.CLASS_MAP"):
+    with pytest.raises(D2kdError, match=r"the student has 4 classes and the teacher 3.*MODEL.DISTILL.CLASS_MAP"):
         student(folder / "RetinaNet.pth", "MODEL.RETINANET.NUM_CLASSES", 4)
 
 

@@ -41,17 +41,18 @@ FORMATS = {"torchscript": ("model.ts", export_torchscript), "onnx": ("model.onnx
 
 
 def export(kind: str, detector: DenseDetector, args: argparse.Namespace) -> Tuple[List[dict], Dict[str, Any]]:
-    """Writes and checks one file; returns how it agrees and its row of the table. A wrong file is removed."""
+    """Writes and checks one file; returns how it agrees and its row of the table. A wrong file is not kept."""
     name, write = FORMATS[kind]
     path = args.output / name
+    unchecked = args.output / f"{name}.unchecked"
     height, width = args.size
+    sizes = dict.fromkeys([(height, width), (width, height), (height * 3 // 4, width * 2 // 3)])
     try:
-        run = write(detector, path, (height, width))
-        sizes = dict.fromkeys([(height, width), (width, height), (height * 3 // 4, width * 2 // 3)])
-        agreements = check_agreement(str(path), run, detector, list(sizes))
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
+        run = write(detector, unchecked, (height, width))
+        agreements = check_agreement(name, run, detector, list(sizes))
+        unchecked.replace(path)
+    finally:
+        unchecked.unlink(missing_ok=True)
     row = {
         "model": f"{name}{'' if kind == 'torchscript' else ' (onnxruntime, CPU)'}",
         "parameters (M)": sum(p.numel() for p in detector.parameters()) / 1e6,

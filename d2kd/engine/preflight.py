@@ -30,10 +30,10 @@ from ..inspection import parameters
 from ..losses import giou_loss
 from .loader import SeededDataset
 
-# A loss is clearly lower than another if its mean is below this share of the other's, and most images agree. Measured on
-# small teachers of three kinds, good and poor ones, on their own and on other data: with other pixels or classes the
-# loss is 0.98 (hardly trained) to 44 times the configured one or, if that mends a mistake, 0.7 times and less; a trained
-# teacher's loss is 0.05 to 0.92 times that with all weights shuffled, a random network's 0.96 times and more.
+# A loss is clearly lower than another if its mean is below this share of the other's, and most images agree.
+# Measured on small teachers of three kinds, good and poor ones, on their own and on other data: with other pixels or
+# classes the loss is 0.98 (hardly trained) to 44 times the configured one or, if that mends a mistake, 0.7 times and
+# less; a trained teacher's loss is 0.05 to 0.92 times that with all weights shuffled, a random network's 0.96 and more.
 CLEARLY_LOWER = 0.95
 MOST_IMAGES = 0.8  # of those on which the two differ at all
 # Percent. Networks with random weights stay far below it.

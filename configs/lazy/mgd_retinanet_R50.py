@@ -1,0 +1,11 @@
+"""MGD: RetinaNet R50 from R101."""
+
+from detectron2.config import LazyCall as L
+
+from d2kd.methods import MGD
+
+from .crosskd_retinanet_R50 import dataloader, lr_multiplier, model, optimizer, train
+
+model.methods = [L(MGD)()]
+model.inherit = ["neck", "head"]
+train.output_dir = "output/lazy_mgd_retinanet_R50"
