@@ -61,11 +61,26 @@ def test_own_losses_and_names_do_not_change(teacher_file, methods):
     assert all(losses[key].dtype == torch.float32 and losses[key] > 0 for key in added)
 
 
-def test_losses_of_a_combination_are_those_of_the_single_runs(teacher_file):
-    single = {}
-    for method in ("CrossKD", "PKD"):
-        single.update(step(build(distill_config(teacher_file, methods=[method])), batch()))
-    equal(step(build(distill_config(teacher_file, methods=("CrossKD", "PKD"))), batch()), single)
+def test_combinations_are_the_sum_of_the_single_runs(teacher_file):
+    """Losses and their gradients, method by method; the student's own losses stand once."""
+    methods = ("CrossKD", "PKD", "CWD", "ResponseKD")
+    own, single, total = {}, {}, {}
+    for method in methods:
+        student = build(distill_config(teacher_file, methods=[method]))
+        losses = step(student, batch())
+        kd = {key: value for key, value in losses.items() if f"_{method.lower()}_" in key}
+        own = {key: value for key, value in losses.items() if key not in kd}
+        single.update(losses)
+        for name, grad in gradients(student, kd).items():
+            total[name] = total.get(name, 0) + grad
+    combined = build(distill_config(teacher_file, methods=methods))
+    losses = step(combined, batch())
+    equal(losses, single)
+    kd = {key: value for key, value in losses.items() if key not in own}
+    assert len(kd) == 6
+    largest = max(float(grad.abs().max()) for grad in total.values())
+    for name, grad in gradients(combined, kd).items():
+        torch.testing.assert_close(grad, total[name], rtol=1e-4, atol=1e-6 * largest)
 
 
 def test_checkpoint_loads_into_stock_detectron2_and_detects_the_same(tmp_path):
