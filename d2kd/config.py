@@ -3,7 +3,7 @@
 import os
 import re
 from pathlib import Path
-from typing import Iterator, Optional, Sequence
+from typing import Iterator, Optional, Sequence, Tuple
 
 import yaml
 from detectron2 import model_zoo
@@ -16,6 +16,7 @@ from .modeling import add_detector_config
 # Set to 1, it lets configs use YAML tags that run code, as those of detectron2's model zoo do.
 ALLOW_UNSAFE_YAML = "D2KD_ALLOW_UNSAFE_YAML"
 PREFLIGHT_IMAGES = 16
+AMP_DTYPE = "float16"
 
 
 def add_distill_config(cfg: CfgNode) -> None:
@@ -36,7 +37,7 @@ def add_distill_config(cfg: CfgNode) -> None:
     distill.SCHEDULE = CfgNode(
         {name.upper(): CfgNode({key.upper(): 0 for key in Schedule._fields}) for name in method_names()}
     )
-    # See DistillMetaArch: the running loss normaliser over all workers instead of each worker's own.
+    # See DistillMetaArch: loss normalisers that do not depend on the number of workers.
     distill.SYNC_NORMALIZER = False
     for name in method_names():
         distill[name.upper()] = CfgNode({key.upper(): value for key, value in method_defaults(name).items()})
@@ -52,6 +53,10 @@ def add_distill_config(cfg: CfgNode) -> None:
     # Decay of an exponential moving average of the weights, evaluated beside them and saved as model_ema_final.pth;
     # 0 for none. LazyConfig: train.ema_decay.
     cfg.SOLVER.EMA_DECAY = 0.0
+    # Whether training replaces images that cannot be read by others. LazyConfig: train.skip_bad_images.
+    cfg.DATALOADER.SKIP_BAD_IMAGES = False
+    # Of SOLVER.AMP.ENABLED: float16 or bfloat16; always bfloat16 on the CPU. LazyConfig: train.amp.dtype.
+    cfg.SOLVER.AMP.DTYPE = AMP_DTYPE
 
 
 def drop_teacher(cfg: CfgNode) -> None:
@@ -111,6 +116,9 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
         cfg.merge_from_file(path, allow_unsafe=_may_run_code(path))
     except (KeyError, ValueError, AssertionError, AttributeError, OSError, yaml.YAMLError) as error:
         raise D2kdError(f"{config_file}: {_explain(error, cfg)}") from error
+    options = [opt for opt in map(str, opts) if opt.startswith("--")]
+    if options:
+        raise D2kdError(f"{' '.join(options)} must stand before the overrides KEY VALUE of the config")
     if len(opts) % 2:
         raise D2kdError(f"overrides come in pairs KEY VALUE, but there are {len(opts)}: {' '.join(map(str, opts))}")
     try:
@@ -122,6 +130,17 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
         teacher.CONFIG_FILE = find_config(teacher.CONFIG_FILE, relative_to=path)
     _check_methods(cfg)
     return cfg
+
+
+def rates_and_batches(config_file: str, opts: Sequence[str] = ()) -> Iterator[Tuple[float, int]]:
+    """Yields SOLVER.BASE_LR and IMS_PER_BATCH as each config of a ``_BASE_`` chain leaves them, and with ``opts``."""
+    path = Path(find_config(config_file))
+    base = re.search(r"^_BASE_:\s*[\"']?([^\"'\s]+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+    if base and (path.parent / base.group(1)).is_file():
+        yield from rates_and_batches(str(path.parent / base.group(1)))
+    for overrides in ([], opts):
+        solver = load_config(str(path), overrides).SOLVER
+        yield solver.BASE_LR, solver.IMS_PER_BATCH
 
 
 def _may_run_code(path: str) -> bool:
@@ -153,6 +172,9 @@ def _explain(error: Exception, cfg: CfgNode) -> str:
     if unknown:
         key = unknown.group(1)
         return f"there is no config key {key}{nearest(key, _keys(cfg))}"
+    mismatch = re.match(r"Type mismatch \(.*\) with values \((.*) vs\. (.*)\) for config key: (\S+)", text)
+    if mismatch:
+        return "{2} is {1}; it must be of the type of its default, {0}".format(*mismatch.groups())
     if "could not determine a constructor" in text:
         return f"{text}; write the value itself, or set {ALLOW_UNSAFE_YAML}=1 to let configs that you trust run code"
     return text

@@ -385,6 +385,11 @@ def mean_over_workers(value: Tensor) -> Tensor:
     return value
 
 
+def at_least_one(mean: Tensor) -> Tensor:
+    """Clamps a number that was averaged over workers so that its sum over them is at least 1, as for one worker."""
+    return mean.clamp(min=1 / comm.get_world_size())
+
+
 def check_contract(detector: nn.Module, with_head: bool = True, with_losses: bool = True) -> None:
     """Checks that a detector has the parts that this package reads; detectron2's RetinaNet and FCOS have them.
 

@@ -12,7 +12,7 @@ import torch
 from detectron2.config import CfgNode, LazyConfig, configurable, instantiate
 from detectron2.modeling import META_ARCH_REGISTRY, RetinaNet, build_model
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
-from detectron2.structures import ImageList, Instances
+from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from .dense import (
     Cut,
     DenseOutputs,
     Features,
+    at_least_one,
     check_contract,
     make_targets,
     mean_over_workers,
@@ -157,9 +158,10 @@ class DistillMetaArch(DenseDetector):
             later, as on resume, replace them.
         gradient_period: every so many iterations, log how strongly each loss pulls at the FPN, see
             :func:`gradient_ratios`; 0 for never. Such a step takes about twice as long.
-        sync_normalizer: RetinaNet and FCOS divide their losses by a running mean of each worker's own number of
-            positive anchors. True takes it over all workers, so that a run does not depend on their number (a worker
-            without any positive anchor counts one); False is detectron2's way.
+        sync_normalizer: make the student's own losses independent of the number of workers. RetinaNet and FCOS divide
+            them by a running mean of each worker's own number of positive anchors (detectron2); True takes it over all
+            workers. GFL, ATSS and FCOS "batch" divide by averages over workers that are at least 1, as published; True
+            asks that of their sum.
         **student: arguments of the student's class.
 
     Raises:
@@ -312,9 +314,24 @@ class DistillMetaArch(DenseDetector):
             get_event_storage().put_scalars(smoothing_hint=False, **{GRADIENT + k: v for k, v in ratios.items()})
         return losses
 
+    def losses(
+        self, anchors: List[Boxes], pred_logits: List[Tensor], gt_labels: List[Tensor], *rest: List[Tensor]
+    ) -> Dict[str, Tensor]:
+        """The student's own losses.
+
+        Args:
+            anchors: of each level.
+            pred_logits: per level (N, Hi*Wi*A, K).
+            gt_labels: of each image (R,).
+            *rest: box predictions, matched boxes and what else the student's class takes.
+        """
+        labels = torch.stack(gt_labels)
+        self._num_pos = ((labels >= 0) & (labels < self.num_classes)).sum().float()
+        return super().losses(anchors, pred_logits, gt_labels, *rest)
+
     def _ema_update(self, name: str, value: float, initial_value: float, momentum: float = 0.9) -> float:
-        if self.sync_normalizer:
-            value = mean_over_workers(torch.tensor(float(value), device=self.device)).item()
+        if self.sync_normalizer:  # not of the values, which are 1 for a worker without positive anchors too
+            value = at_least_one(mean_over_workers(self._num_pos)).item()
             initial_value /= comm.get_world_size()
         return super()._ema_update(name, value, initial_value, momentum)
 

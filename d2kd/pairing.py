@@ -11,7 +11,7 @@ from detectron2.structures import Boxes, ImageList
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
-from .data import read_coco
+from .data.check import read_classes
 from .dense import DenseOutputs, level_channels, level_strides, run_dense
 from .errors import D2kdError, check_choice, nearest
 
@@ -142,10 +142,9 @@ def class_names(cfg: CfgNode) -> List[str]:
     names = metadata.get("thing_classes", None)
     if names is None and metadata.get("json_file", None):
         try:
-            categories = read_coco(metadata.json_file)["categories"]
+            names = read_classes(metadata.json_file).values()
         except D2kdError:
             return []  # the teacher's data set need not be here
-        names = [c.get("name", "") for c in sorted(categories, key=lambda c: c["id"])]
     return list(names or [])
 
 

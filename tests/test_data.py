@@ -241,7 +241,7 @@ def test_check_coco_accepts_a_valid_set(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda content: "{", r"a\.json is not a JSON file; give"),
+        (lambda content: "{", r"a\.json is not a JSON file \(.*line 1 column 2.*\); give"),
         (lambda content: [1], r"a\.json has no list 'images'; give"),
         (lambda content: content.pop("images"), r"a\.json has no list 'images'; give"),
         (lambda content: content.pop("annotations"), r"a\.json has no list 'annotations'; give"),
@@ -250,15 +250,15 @@ def test_check_coco_accepts_a_valid_set(tmp_path: Path) -> None:
         (lambda content: content["annotations"].clear(), r"list 'annotations' of .*a\.json is empty; give"),
         (
             lambda content: content["annotations"][0].update(category_id=9),
-            r"annotation 1 of .*a\.json has category_id 9, .* 'categories'; correct",
+            r"a\.json: annotations\[0\] \(id 1\) has category_id 9; set it to an id that is among its 'categories'",
         ),
         (
             lambda content: content["annotations"][0].update(image_id=8),
-            r"annotation 1 of .*a\.json has image_id 8, .* 'images'; correct",
+            r"a\.json: annotations\[0\] \(id 1\) has image_id 8; set it to an id that is among its 'images'",
         ),
         (
             lambda content: content["images"][0].update(file_name="b.jpg"),
-            r"image 'b\.jpg' named in .*a\.json is not in .*images; put",
+            r"1 of 1 images named in .*a\.json are not in .*images, such as 'b\.jpg'; put",
         ),
     ],
 )

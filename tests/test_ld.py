@@ -197,6 +197,14 @@ def test_only_enabled_terms_are_there() -> None:
     assert list(LD(cls_weight=10.0)(student, teacher, targets)) == ["loss_ld_main", "loss_ld_cls"]
 
 
+def test_per_image_the_box_losses_are_means_over_images() -> None:
+    case = random_case((2, 1, 1))
+    sums, means = (LD(**FULL, per_image=per_image)(*case) for per_image in (False, True))
+    for key in ("loss_ld_main", "loss_ld_vlr"):
+        close(means[key] * 3, sums[key], LOSS, key)
+    close(means["loss_ld_cls"], sums["loss_ld_cls"], LOSS, "loss_ld_cls")
+
+
 @pytest.mark.parametrize(("own", "theirs"), [(None, 16), (16, None), (16, 8), (None, None)])
 def test_heads_that_do_not_fit_are_refused(own: Optional[int], theirs: Optional[int]) -> None:
     LD().setup(detector(3, [8], 4, 16), detector(3, [8], 4, 16), [(8, 8)])

@@ -10,6 +10,7 @@ from detectron2.data import DatasetMapper, get_detection_dataset_dicts
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
+from messages import rows_of
 from small import CONFIGS, build, distill_config, small_config
 
 from d2kd.checkpoint import files
@@ -157,6 +158,7 @@ def test_a_broken_teacher_is_refused_with_the_cause(mistake, folder, loader, tmp
     with pytest.raises(D2kdError, match=message) as error:
         check_teacher(student(weights, teacher_opts=teacher_opts), loader, IMAGES)
     assert "MODEL.DISTILL.PREFLIGHT 0" in str(error.value)
+    assert rows_of(str(error.value))
 
 
 @pytest.mark.parametrize("seed", [1, 2])

@@ -133,6 +133,7 @@ CASES = {
     "adapters, random masks": ({"teacher": "wide.pth"}, [*UNEQUAL, "SOLVER.OPTIMIZER", "SGD"]),
     "FCOS": ({}, ["MODEL.META_ARCHITECTURE", "FCOS", "MODEL.DISTILL.METHODS", "()"]),
     "LazyConfig": ({"make": lazy_command}, ["train.ema_decay=0.9"]),
+    "mixed precision, EMA": ({}, ["SOLVER.AMP.ENABLED", "True", "SOLVER.EMA_DECAY", "0.9"]),
 }
 
 

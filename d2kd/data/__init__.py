@@ -1,13 +1,7 @@
 """Data sets: registration and checks of COCO-format files, and a generated set that needs no download."""
 
-from d2kd.data.register import (
-    check_coco,
-    dataset_root,
-    read_coco,
-    register_builtin,
-    register_coco,
-    write_coco,
-)
+from d2kd.data.check import check_coco, read_coco
+from d2kd.data.register import dataset_root, register_builtin, register_coco, write_coco
 from d2kd.data.synthetic import CLASS_NAMES, write_blood_cells
 
 __all__ = [

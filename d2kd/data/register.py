@@ -1,4 +1,4 @@
-"""COCO-format data sets: where they lie, their registration with detectron2, and checks of their files."""
+"""COCO-format data sets: where they lie, and their registration with detectron2."""
 
 import json
 import os
@@ -11,7 +11,6 @@ from detectron2.data.datasets import register_coco_instances
 from d2kd.errors import D2kdError
 
 BUILTIN_SPLITS = {"blood_cells": ("train", "val"), "bccd": ("train", "val", "test")}
-IMAGES_CHECKED = 10
 
 
 def dataset_root() -> Path:
@@ -61,65 +60,6 @@ def register_builtin(root: Union[str, Path]) -> None:
         for split in splits:
             register_coco(
                 f"{folder}_{split}", Path(root, folder, f"instances_{split}.json"), Path(root, folder, "images")
-            )
-
-
-def read_coco(json_file: Union[str, Path]) -> Dict[str, Any]:
-    """Reads an annotation file and checks that it has COCO's three lists, none of them empty.
-
-    Args:
-        json_file: the annotation file.
-
-    Returns:
-        The file's content, with at least the non-empty lists ``images``, ``annotations`` and ``categories``.
-
-    Raises:
-        D2kdError: the file is missing, not JSON or not in COCO's format, or a list is empty.
-    """
-    try:
-        content = json.loads(Path(json_file).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise D2kdError(
-            f"cannot read the annotation file {json_file} ({error.strerror}); put the data set there or set "
-            "DETECTRON2_DATASETS to the folder that holds it (see datasets/README.md)"
-        ) from None
-    except ValueError:
-        raise D2kdError(f"{json_file} is not a JSON file; give an annotation file in COCO's format") from None
-    for key in ("images", "annotations", "categories"):
-        if not isinstance(content, dict) or not isinstance(content.get(key), list):
-            raise D2kdError(f"{json_file} has no list '{key}'; give an annotation file in COCO's detection format")
-        if not content[key]:
-            raise D2kdError(f"the list '{key}' of {json_file} is empty; give a file with at least one entry in it")
-    return content
-
-
-def check_coco(json_file: Union[str, Path], image_root: Union[str, Path]) -> None:
-    """Checks that a data set in COCO's format can be used for training and evaluation.
-
-    Args:
-        json_file: the annotation file.
-        image_root: the folder that the file names in ``json_file`` are relative to.
-
-    Raises:
-        D2kdError: the file is missing, not in COCO's format or has an empty list, an annotation names a category or
-            image that is not in the file, or the image folder or one of the first images is missing.
-    """
-    content = read_coco(json_file)
-    for key, listed in (("category_id", "categories"), ("image_id", "images")):
-        known = {entry.get("id") for entry in content[listed]}
-        for annotation in content["annotations"]:
-            if annotation.get(key) not in known:
-                raise D2kdError(
-                    f"annotation {annotation.get('id')} of {json_file} has {key} {annotation.get(key)}, which is not "
-                    f"among its '{listed}'; correct the annotation or add the entry"
-                )
-    if not Path(image_root).is_dir():
-        raise D2kdError(f"the image folder {image_root} of {json_file} does not exist; put the images there")
-    for image in content["images"][:IMAGES_CHECKED]:
-        if not Path(image_root, image.get("file_name", "")).is_file():
-            raise D2kdError(
-                f"the image '{image.get('file_name')}' named in {json_file} is not in {image_root}; put the images "
-                "there or give the folder that the file names are relative to"
             )
 
 

@@ -1,12 +1,12 @@
 """One run from a LazyConfig."""
 
 import argparse
-import inspect
+from functools import partial
 from typing import Any, Dict, List, Tuple
 
 from detectron2.config import LazyConfig, instantiate
 from detectron2.data import build_detection_train_loader
-from detectron2.engine import AMPTrainer, SimpleTrainer, default_writers, hooks
+from detectron2.engine import SimpleTrainer, default_writers, hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from detectron2.utils.registry import locate
@@ -14,11 +14,14 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
 from ..checkpoint import load_strict
-from ..config import PREFLIGHT_IMAGES, find_config
+from ..config import AMP_DTYPE, PREFLIGHT_IMAGES, find_config
 from ..errors import D2kdError, nearest
+from ..signatures import parameters
+from .bad_images import EvaluationMapper
 from .checkpointing import RunCheckpointer
-from .checks import check_datasets, check_weights_file, usable_device
+from .checks import check_datasets, check_learning_rate, check_weights_file, tell_datasets, usable_device
 from .loader import build_train_loader
+from .precision import amp_trainer
 from .preflight import check_teacher
 from .randomness import seeded
 from .run_folder import RunFolder, flatten
@@ -26,12 +29,12 @@ from .run_hooks import EMA, FiniteLosses, run_hooks
 from .trainer import wrap_ddp
 
 # What d2kd reads beside detectron2's own keys of ``train``.
-TRAIN_DEFAULTS = {"seed": -1, "ema_decay": 0.0, "preflight": PREFLIGHT_IMAGES}
+TRAIN_DEFAULTS = {"seed": -1, "ema_decay": 0.0, "preflight": PREFLIGHT_IMAGES, "skip_bad_images": False}
 # What a resumed run may change; see the list of yaml_run.
 MAY_CHANGE = (
     *("train.output_dir", "train.device", "train.eval_period", "train.log_period", "train.checkpointer.*"),
     *("train.ddp.*", "train.preflight", "dataloader.train.num_workers", "dataloader.test.*", "dataloader.evaluator.*"),
-    *("model.teacher.weights", "model.test_*", "model.max_detections_per_image"),
+    *("model.teacher.weights", "model.test_*", "model.max_detections_per_image", "train.skip_bad_images"),
 )
 
 
@@ -44,6 +47,7 @@ def prepare(args: argparse.Namespace) -> DictConfig:
     cfg = LazyConfig.load(find_config(args.config_file))
     if "train" in cfg:
         cfg.train = {**TRAIN_DEFAULTS, **cfg.train}
+        cfg.train.amp = {"enabled": False, "dtype": AMP_DTYPE, **cfg.train.get("amp", {})}
     for override in args.opts:
         check_override(cfg, override)
     cfg = LazyConfig.apply_overrides(cfg, args.opts)
@@ -51,17 +55,25 @@ def prepare(args: argparse.Namespace) -> DictConfig:
         if part not in cfg:
             raise D2kdError(f"{args.config_file} defines no {part}; see configs/lazy/retinanet_R50.py")
     cfg.train.device = usable_device(cfg.train.device)
-    loaders = [cfg.dataloader.test]
     if args.eval_only:
         if "teacher" in cfg.model:  # evaluation neither builds nor needs it
             cfg.model.methods, cfg.model.teacher, cfg.model.inherit = [], None, []
     else:
-        loaders.append(cfg.dataloader.train)
         check_weights_file(cfg.train.init_checkpoint, "train.init_checkpoint")
-    for loader in loaders:
-        names = loader.dataset.names
-        check_datasets([names] if isinstance(names, str) else names, cfg.model.num_classes, "model.num_classes")
+    evaluated = names_in(cfg.dataloader.test)
+    check_datasets(dataset_names(args, cfg), cfg.model.num_classes, "model.num_classes", evaluated)
     return cfg
+
+
+def dataset_names(args: argparse.Namespace, cfg: DictConfig) -> List[str]:
+    """The data sets that a run reads."""
+    return [*([] if args.eval_only else names_in(cfg.dataloader.train)), *names_in(cfg.dataloader.test)]
+
+
+def names_in(loader: DictConfig) -> List[str]:
+    """The data sets of a loader."""
+    names = loader.dataset.names
+    return [names] if isinstance(names, str) else list(names)
 
 
 def check_override(cfg: DictConfig, override: str) -> None:
@@ -88,14 +100,7 @@ def known_keys(node: Any) -> List[str]:
         return []
     target = node.get("_target_")
     target = locate(target) if isinstance(target, str) else target
-    return [str(key) for key in node] + (arguments(target) if target else [])
-
-
-def arguments(target: Any) -> List[str]:
-    """Names of the arguments of a function or class; of a class with those of its bases, to which it passes on."""
-    classes = inspect.getmro(target) if inspect.isclass(target) else ()
-    makers = [vars(cls)["__init__"] for cls in classes if "__init__" in vars(cls)] or [target]
-    return [name for maker in makers for name in inspect.signature(maker).parameters if name != "self"]
+    return [str(key) for key in node] + (list(parameters(target)) if target else [])
 
 
 def run_folder(cfg: DictConfig) -> RunFolder:
@@ -126,6 +131,7 @@ def model_and_batch(cfg: DictConfig) -> Tuple[nn.Module, List[Dict[str, Any]]]:
 
 def run(args: argparse.Namespace, cfg: DictConfig) -> Dict[str, Any]:
     """Trains, or evaluates with ``--eval-only``; returns the evaluation's results."""
+    tell_datasets(dataset_names(args, cfg))
     model = instantiate(cfg.model).to(cfg.train.device)
     if args.eval_only:
         saved = RunCheckpointer(model, cfg.train.output_dir).newest_readable() if args.resume else ""
@@ -139,7 +145,7 @@ def run(args: argparse.Namespace, cfg: DictConfig) -> Dict[str, Any]:
 
 def test(cfg: DictConfig, model: nn.Module) -> Dict[str, Any]:
     """Evaluates a model on the config's test set."""
-    results = inference_on_dataset(model, instantiate(cfg.dataloader.test), instantiate(cfg.dataloader.evaluator))
+    results = inference_on_dataset(model, test_loader(cfg), instantiate(cfg.dataloader.evaluator))
     if comm.is_main_process():
         print_csv_format(results)
     return results
@@ -147,11 +153,13 @@ def test(cfg: DictConfig, model: nn.Module) -> Dict[str, Any]:
 
 def train(args: argparse.Namespace, cfg: DictConfig, model: nn.Module) -> Dict[str, Any]:
     """Trains as ``cfg.train`` says."""
+    original = LazyConfig.load(find_config(args.config_file))
+    check_learning_rate([rate_and_batch(original), rate_and_batch(cfg)], "optimizer.lr")
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
     model = wrap_ddp(model, **cfg.train.ddp)
-    trainer_class = AMPTrainer if cfg.train.amp.enabled else SimpleTrainer
-    trainer = trainer_class(model, train_loader(cfg), optimizer)
+    make_trainer = partial(amp_trainer, dtype=cfg.train.amp.dtype) if cfg.train.amp.enabled else SimpleTrainer
+    trainer = make_trainer(model, train_loader(cfg), optimizer)
     checkpointer = RunCheckpointer(model, cfg.train.output_dir, trainer=trainer)
     decay = cfg.train.ema_decay
     ema = EMA(checkpointer.model, decay, cfg.train.output_dir) if decay else None
@@ -172,13 +180,26 @@ def train(args: argparse.Namespace, cfg: DictConfig, model: nn.Module) -> Dict[s
             else None,
         ]
     )
-    FiniteLosses(trainer)
+    losses = FiniteLosses(trainer)
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
     start = trainer.iter + 1 if args.resume and checkpointer.has_checkpoint() else 0
     if start == 0:
         check_teacher(checkpointer.model, trainer.data_loader, cfg.train.preflight)
-    trainer.train(start, cfg.train.max_iter)
+    with run_folder(cfg).telling(losses.iteration):
+        trainer.train(start, cfg.train.max_iter)
     return results
+
+
+def rate_and_batch(cfg: DictConfig) -> Tuple[float, int]:
+    """Learning rate and images per batch."""
+    return cfg.optimizer.lr, cfg.dataloader.train.total_batch_size
+
+
+def test_loader(cfg: DictConfig) -> Any:
+    """Builds the config's test loader; its mapper names images that cannot be read."""
+    node = cfg.dataloader.test
+    own = {"mapper": EvaluationMapper(instantiate(node.mapper))} if "mapper" in node else {}
+    return instantiate({**node, **own})
 
 
 def train_loader(cfg: DictConfig) -> Any:
@@ -187,5 +208,6 @@ def train_loader(cfg: DictConfig) -> Any:
     target = node._target_
     if (locate(target) if isinstance(target, str) else target) is build_detection_train_loader:
         node._target_, node.seed = build_train_loader, cfg.train.seed
+        node.skip_bad_images = cfg.train.skip_bad_images
     with seeded(cfg.train.seed):  # samplers draw their own seeds
         return instantiate(node)

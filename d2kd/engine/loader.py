@@ -6,12 +6,14 @@ depends on what they drew before. Here every sample has a seed of its own.
 
 import itertools
 import logging
+import os
 import random
 import signal
-from typing import Any, Callable, Iterator, List, Optional, Sequence, Tuple, Union
+import threading
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 import torch
-from detectron2.config import configurable
+from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetFromList, build_detection_train_loader
 from detectron2.data.build import _train_loader_from_config, trivial_batch_collator
 from detectron2.data.samplers import GroupedBatchSampler, TrainingSampler
@@ -19,7 +21,9 @@ from detectron2.utils import comm
 from detectron2.utils.serialize import PicklableWrapper
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
+from ..data.images import image_fault
 from ..errors import D2kdError
+from .bad_images import BAD_IMAGES, SKIP
 from .randomness import SAMPLES, seeded
 
 TRIES = 100
@@ -32,27 +36,45 @@ class SeededDataset(Dataset):
         dataset: dataset dicts by index.
         mapper: makes a sample of one, or None if it cannot; another one is drawn instead then.
         seed: of the run.
+        skip_bad_images: whether to draw another one, too, if an image cannot be read. The sample, a dict, then tells
+            under ``bad_images`` what is wrong with the images that it stands for, by file name.
     """
 
-    def __init__(self, dataset: Any, mapper: Callable[[Any], Any], seed: int) -> None:
+    def __init__(self, dataset: Any, mapper: Callable[[Any], Any], seed: int, skip_bad_images: bool = False) -> None:
         self.dataset = dataset
         self.mapper = PicklableWrapper(mapper)
         self.seed = seed
+        self.skip_bad_images = skip_bad_images
 
     def __getitem__(self, place: Tuple[int, int]) -> Any:
         """Returns the sample for (index in the data set, position in the stream).
 
         Raises:
-            D2kdError: the mapper made nothing of many samples in a row.
+            D2kdError: an image cannot be read, or the mapper made nothing of many samples in a row.
         """
         index, position = place
+        faults: Dict[str, str] = {}
         with seeded(self.seed, SAMPLES, position):
             for _ in range(TRIES):
-                sample = self.mapper(self.dataset[index])
+                sample = self._sample(self.dataset[index], faults)
                 if sample is not None:
-                    return sample
+                    return {**sample, BAD_IMAGES: faults} if faults else sample
                 index = random.randrange(len(self.dataset))
-        raise D2kdError(f"{TRIES} images in a row could not be used; check the training set's images and annotations")
+        first = "".join(f", the first: {fault}" for fault in list(faults.values())[:1])
+        raise D2kdError(f"{TRIES} images in a row could not be used{first}; check the training set's files")
+
+    def _sample(self, entry: Any, faults: Dict[str, str]) -> Any:
+        """What the mapper makes of a dataset dict, or None if the image cannot be read; the fault is noted then."""
+        try:
+            return self.mapper(entry)
+        except Exception as error:
+            fault = image_fault(entry, error)
+            if not fault:
+                raise
+            if not self.skip_bad_images:
+                raise D2kdError(f"{fault}; mend the file or its entry, or set {SKIP} to train without it") from error
+        faults[entry["file_name"]] = fault
+        return None
 
 
 class ResumableBatches(Sampler):
@@ -81,7 +103,12 @@ class ResumableBatches(Sampler):
             yield [(index, next(drawn) * workers + rank) for index in batch]
 
 
-@configurable(from_config=lambda cfg, **kwargs: {**_train_loader_from_config(cfg, **kwargs), "seed": cfg.SEED})
+def _from_config(cfg: CfgNode, **kwargs: Any) -> Dict[str, Any]:
+    own = {"seed": cfg.SEED, "skip_bad_images": cfg.DATALOADER.SKIP_BAD_IMAGES}
+    return {**_train_loader_from_config(cfg, **kwargs), **own}
+
+
+@configurable(from_config=_from_config)
 def build_train_loader(
     dataset: Union[List[Any], Dataset],
     *,
@@ -92,6 +119,7 @@ def build_train_loader(
     num_workers: int = 0,
     collate_fn: Optional[Callable[[List[Any]], Any]] = None,
     seed: int = 0,
+    skip_bad_images: bool = False,
     **kwargs: Any,
 ) -> DataLoader:
     """Builds a loader as :func:`detectron2.data.build_detection_train_loader` does, whose stream can be resumed.
@@ -108,6 +136,7 @@ def build_train_loader(
         num_workers: processes that load.
         collate_fn: makes a batch of a list of samples; by default the list itself.
         seed: of the run, not negative; fixes augmentation, and the order unless ``sampler`` is given.
+        skip_bad_images: whether images that cannot be read are replaced by others; see :class:`SeededDataset`.
         **kwargs: of :class:`torch.utils.data.DataLoader`.
 
     Raises:
@@ -134,11 +163,11 @@ def build_train_loader(
     sampler = sampler or TrainingSampler(len(groups), seed=seed)
     samples = DatasetFromList(dataset, copy=False) if isinstance(dataset, list) else dataset
     return DataLoader(
-        SeededDataset(samples, mapper, seed),
+        SeededDataset(samples, mapper, seed, skip_bad_images),
         batch_sampler=ResumableBatches(sampler, groups, total_batch_size // workers),
         num_workers=num_workers,
         collate_fn=collate_fn or trivial_batch_collator,
-        worker_init_fn=_ignore_sigterm,
+        worker_init_fn=_heed_parent_alone,
         generator=torch.Generator(),  # else it draws from the model's random numbers whenever a run starts
         **kwargs,
     )
@@ -164,6 +193,20 @@ def _aspect(entry: Any) -> int:
     return 0 if entry["width"] > entry["height"] else 1
 
 
-def _ignore_sigterm(_: int) -> None:
-    """Slurm signals all processes of a job; without its workers the main process could not finish its iteration."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def _heed_parent_alone(_: int) -> None:
+    """Lets a worker end on SIGTERM from its parent only.
+
+    Slurm signals all processes of a job; without its workers the main process could not finish its iteration. When it
+    ends with an error, Python ends the workers in this way, and waits for them.
+    """
+    if not hasattr(signal, "sigwaitinfo"):  # macOS
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    threading.Thread(target=_wait_for_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _wait_for_parent(parent: int) -> None:
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
+        pass
+    os._exit(0)

@@ -6,24 +6,32 @@ import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Any, ContextManager, Dict, Iterator, List, Optional
+from uuid import uuid4
 
 import torch
 from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
-from torch.multiprocessing.spawn import ProcessExitedException
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
 from .. import inspection
-from ..errors import D2kdError
+from ..errors import D2kdError, told_in_one_sentence
 from . import lazy_run, yaml_run
-from .checks import check_num_gpus
+from .checks import check_address, check_num_gpus
 from .run_folder import ALLOW, RunFolder
 from .run_hooks import EXIT_PREEMPTED, Preempted
 
+EXIT_DIED = 1
 EXIT_MISTAKE = 2
+# Key of the name of the current attempt in torchrun's store.
+ATTEMPT = "d2kd_attempt"
+# Seconds in which processes have to save themselves after SIGTERM.
+LEAVE_WITHIN = 600
 
 EPILOG = f"""
 Examples:
@@ -45,14 +53,17 @@ Look at one batch before a long run: wiring, losses, and whose weight is far off
 Evaluate; no teacher is needed:
     $ python train_net.py --config-file cfg.yaml --eval-only MODEL.WEIGHTS output/model_final.pth
 
-Without a GPU, --num-gpus counts processes on the CPU. torchrun works as well:
-    $ torchrun --nproc-per-node 8 train_net.py --config-file cfg.yaml
+Without a GPU, --num-gpus counts processes on the CPU. torchrun works as well, and goes on by itself when one dies:
+    $ torchrun --nproc-per-node 8 --max-restarts 3 train_net.py --config-file cfg.yaml
+
+Mixed precision, in float16 or bfloat16 (on the CPU always bfloat16):
+    $ python train_net.py --config-file cfg.yaml SOLVER.AMP.ENABLED True SOLVER.AMP.DTYPE bfloat16
 
 Go on after an interruption, whatever it was, as if there had been none; without a checkpoint it starts:
     $ python train_net.py --config-file cfg.yaml --resume
 
 On SIGTERM (Slurm's preemption) a run finishes the iteration, saves itself and exits with status {EXIT_PREEMPTED}.
-A mistake is told in one sentence, with exit status {EXIT_MISTAKE}.
+A mistake is told in one sentence, with exit status {EXIT_MISTAKE}; a process that dies ends all, with {EXIT_DIED}.
 """
 
 
@@ -63,8 +74,8 @@ def main(argv: Optional[List[str]] = None) -> int:
         argv: command-line arguments; by default the process's own.
 
     Returns:
-        Exit status: 0; 2 for a mistake of the user, which is told in one sentence; 75 if SIGTERM stopped the run, which
-        has saved itself.
+        Exit status: 0; 1 if one of several processes died; 2 for a mistake of the user, which is told in one sentence;
+        75 if SIGTERM stopped the run, which has saved itself.
     """
     args = parser().parse_args(argv)
     # torchrun --max-restarts repeats the command as it was.
@@ -73,31 +84,33 @@ def main(argv: Optional[List[str]] = None) -> int:
         if not args.config_file:
             raise D2kdError("name a config: --config-file configs/crosskd_retinanet_R18.yaml")
         check_num_gpus(args.num_gpus)
-        cfg = style(args).prepare(args)  # mistakes show here, before any process is started
-        if args.dry_run:
-            print(inspection.dry_run(*style(args).model_and_batch(cfg)))
-            return 0
+        with _telling(args):
+            cfg = style(args).prepare(args)  # mistakes show here, before any process is started
+            if args.dry_run:
+                print(inspection.dry_run(*style(args).model_and_batch(cfg)))
+                return 0
+        style(args).run_folder(cfg).make()
         if not args.eval_only:
             style(args).run_folder(cfg).check(args.resume, args.allow_config_change)
         if "TORCHELASTIC_RUN_ID" in os.environ:
             _join_torchrun()
             work(args)
         elif args.num_gpus * args.num_machines > 1:
+            check_address(args.dist_url, args.num_machines, args.machine_rank)
             with _sigterm_for_children():
                 launch(work, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args=(args,))
         else:
             work(args)
-    except D2kdError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (D2kdError, ProcessRaisedException) as error:  # the latter from a worker, see D2kdError
+        print(f"error: {D2kdError(error)}", file=sys.stderr)
         return EXIT_MISTAKE
     except Preempted:
         return _preempted()
     except ProcessExitedException as error:
         if error.exit_code == EXIT_PREEMPTED:
             return _preempted()
-        if error.exit_code != EXIT_MISTAKE:
-            raise
-        return EXIT_MISTAKE  # the worker has said what was wrong
+        print(f"error: {error.msg}; the same command with --resume goes on from the last checkpoint", file=sys.stderr)
+        return EXIT_DIED
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
@@ -107,6 +120,7 @@ def main(argv: Optional[List[str]] = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """detectron2's arguments and d2kd's."""
     arguments = default_argument_parser(EPILOG)
+    arguments.set_defaults(dist_url="auto")  # detectron2's own is the same port for all runs of a user
     arguments.add_argument(
         ALLOW, action="store_true", help="let --resume go on although config or teacher are not the run's"
     )
@@ -126,23 +140,17 @@ def style(args: argparse.Namespace) -> ModuleType:
 
 def work(args: argparse.Namespace) -> Dict[str, Any]:
     """What each process does."""
-    try:
-        cfg = style(args).prepare(args)
-        folder = style(args).run_folder(cfg)
+    cfg = style(args).prepare(args)
+    folder = style(args).run_folder(cfg)
+    with folder.telling(lambda: f"{args.config_file} cannot be run"):
         if not args.eval_only:
             style(args).set_seed(cfg, _seed(folder, args.resume))
         default_setup(cfg, args)
         setup_logger(folder.path, distributed_rank=comm.get_rank(), name="d2kd")
-        logging.getLogger("detectron2.engine.train_loop").addFilter(_is_no_mistake)
+        logging.getLogger("detectron2.engine.train_loop").addFilter(_is_no_traceback)
         if comm.is_main_process() and not args.eval_only:
             style(args).run_folder(cfg).record()
         return style(args).run(args, cfg)
-    except D2kdError as error:
-        if comm.get_world_size() == 1:
-            raise
-        if comm.is_main_process():
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_MISTAKE)
 
 
 def _seed(folder: RunFolder, resume: bool) -> int:
@@ -153,9 +161,16 @@ def _seed(folder: RunFolder, resume: bool) -> int:
     return seed if seed >= 0 else comm.shared_random_seed()
 
 
-def _is_no_mistake(record: logging.LogRecord) -> bool:
-    """Keeps tracebacks of mistakes, which are told in one sentence at the end, out of detectron2's log."""
-    return not (record.exc_info and isinstance(record.exc_info[1], D2kdError))
+def _telling(args: argparse.Namespace) -> ContextManager[None]:
+    """For what happens while the run's folder is not known yet."""
+    return told_in_one_sentence(
+        lambda: f"{args.config_file} cannot be read", Path(tempfile.gettempdir(), "d2kd_traceback.txt")
+    )
+
+
+def _is_no_traceback(record: logging.LogRecord) -> bool:
+    """Keeps tracebacks out of detectron2's log: errors are told in one sentence at the end."""
+    return not record.exc_info
 
 
 def _preempted() -> int:
@@ -165,23 +180,43 @@ def _preempted() -> int:
 
 @contextmanager
 def _sigterm_for_children() -> Iterator[None]:
-    """Hands SIGTERM on to the processes that this one has started, and waits for them."""
+    """Hands SIGTERM on to the processes that this one has started, waits for them, and kills them if they hang.
+
+    One that waits for another in a collective cannot do that itself: there no handler of Python's runs.
+    """
 
     def hand_on(signum: int, _: Any) -> None:
         for child in multiprocessing.active_children():
-            child.terminate()
+            if signum == signal.SIGALRM:
+                child.kill()
+            else:
+                child.terminate()
+        signal.alarm(LEAVE_WITHIN)
 
-    previous = signal.signal(signal.SIGTERM, hand_on)
+    previous = {number: signal.signal(number, hand_on) for number in (signal.SIGTERM, signal.SIGALRM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        signal.alarm(0)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _join_torchrun() -> None:
-    """Joins the process group that torchrun describes in the environment."""
+    """Joins the process group that torchrun describes in the environment.
+
+    torchrun gives a restarted run the store of the first attempt, where the addresses of processes stand that are gone
+    (pytorch issue 135712). So each attempt writes below a name of its own.
+    """
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    torch.distributed.init_process_group("nccl" if on_gpu else "gloo")
+    store, rank, world_size = next(torch.distributed.rendezvous("env://"))
+    if rank == 0:
+        store.set(ATTEMPT, uuid4().hex)
+    own_part = torch.distributed.PrefixStore(store.get(ATTEMPT).decode(), store)
+    torch.distributed.init_process_group("nccl" if on_gpu else "gloo", store=own_part, rank=rank, world_size=world_size)
     comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
+    comm.synchronize()
+    if rank == 0:  # all have read it, and the next attempt shall wait for its own
+        store.delete_key(ATTEMPT)

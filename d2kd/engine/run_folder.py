@@ -5,18 +5,20 @@ import json
 import logging
 import os
 import re
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, Dict, List, Sequence
+from typing import Any, Callable, ContextManager, Dict, List, Sequence
 from urllib.parse import urlparse
 
+from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
 from ..checkpoint import files
 from ..checkpoint.names import some
-from ..errors import D2kdError
+from ..errors import D2kdError, told_in_one_sentence
 from .checkpointing import checkpoints_in, told_on_failure
 
 ALLOW = "--allow-config-change"
@@ -44,6 +46,25 @@ class RunFolder:
     teacher: str
     may_change: Sequence[str]
     same_keys: bool
+
+    def make(self) -> None:
+        """Creates the folder.
+
+        Raises:
+            D2kdError: files cannot be written there.
+        """
+        try:
+            os.makedirs(self.path, exist_ok=True)
+            tempfile.TemporaryFile(dir=self.path).close()
+        except OSError as error:
+            raise D2kdError(
+                f"the folder {self.path} cannot be written to ({error.strerror}); set {self.path_key} to another one"
+            ) from error
+
+    def telling(self, doing: Callable[[], str]) -> ContextManager[None]:
+        """See :func:`told_in_one_sentence`; tracebacks go into this folder."""
+        rank = comm.get_rank()
+        return told_in_one_sentence(doing, Path(self.path, f"traceback.rank{rank}.txt" if rank else "traceback.txt"))
 
     def check(self, resume: bool, allow_change: bool) -> None:
         """Refuses what would spoil or mix up a run. A folder without checkpoints is free.

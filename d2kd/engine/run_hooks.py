@@ -3,7 +3,7 @@
 import logging
 import os
 import signal
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any, Dict, List, Optional, Sequence
 
 import torch
@@ -15,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from ..checkpoint import files
 from ..errors import D2kdError
 from ..inspection import levels_not_finite
+from .bad_images import BadImages
 from .checkpointing import RunCheckpointer, told_on_failure
 from .loader import start_at
 from .randomness import ITERATIONS, seed_all
@@ -164,13 +165,17 @@ class FiniteLosses(HookBase):
     def __init__(self, trainer: SimpleTrainer) -> None:
         self._batch: List[Dict[str, Any]] = []
         self._losses: Dict[str, Tensor] = {}
-        trainer.model.register_forward_hook(self._keep)
+        trainer.model.register_forward_pre_hook(self._keep_batch)
+        trainer.model.register_forward_hook(self._keep_losses)
         trainer.register_hooks([self])
 
-    def _keep(self, model: nn.Module, inputs: Sequence[Any], losses: Any) -> None:
+    def _keep_batch(self, model: nn.Module, inputs: Sequence[Any]) -> None:
+        if model.training:
+            self._batch = inputs[0]
+
+    def _keep_losses(self, model: nn.Module, inputs: Sequence[Any], losses: Any) -> None:
         if model.training:
             self._losses = {key: loss.detach().float() for key, loss in losses.items()}
-            self._batch = inputs[0]
 
     def after_backward(self) -> None:
         found = [report for report in comm.all_gather(self._report()) if report]
@@ -184,11 +189,24 @@ class FiniteLosses(HookBase):
         if torch.stack(list(self._losses.values())).isfinite().all():
             return ""
         wrong = [f"{key} is {loss.item()}" for key, loss in self._losses.items() if not loss.isfinite()]
-        images = [f"{image.get('image_id')} ({image.get('file_name')})" for image in self._batch]
+        return f"{', '.join(wrong)}{self._levels()} on images {self._images()}"
+
+    def iteration(self) -> str:
+        """The iteration, for an error in it: some losses raise one when they are given numbers that are not finite."""
+        levels = ""
+        with suppress(Exception):  # what raised the error may raise again
+            levels = self._levels()
+        return f"iteration {self.trainer.iter}{levels and f'{levels} on images {self._images()}'}"
+
+    def _levels(self) -> str:
         model = self.trainer.model
-        levels = levels_not_finite(getattr(model, "module", model), self._batch)
-        where = f" (not finite already: {', '.join(levels)})" if levels else ""
-        return f"{', '.join(wrong)}{where} on images {', '.join(images)}"
+        while hasattr(model, "module"):  # DDP, Autocast
+            model = model.module
+        levels = levels_not_finite(model, self._batch)
+        return f" (not finite already: {', '.join(levels)})" if levels else ""
+
+    def _images(self) -> str:
+        return ", ".join(f"{image.get('image_id')} ({image.get('file_name')})" for image in self._batch)
 
 
 def run_hooks(
@@ -203,4 +221,6 @@ def run_hooks(
         ema: the average, if there is one.
         **saving: options of :class:`Saving`.
     """
-    return [Reproducible(loader, seed), *([ema] if ema else []), Saving(checkpointer, **saving)]
+    skips = getattr(getattr(loader, "dataset", None), "skip_bad_images", False)
+    optional = [*([ema] if ema else []), *([BadImages()] if skips else [])]
+    return [Reproducible(loader, seed), *optional, Saving(checkpointer, **saving)]

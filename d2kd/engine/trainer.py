@@ -2,10 +2,12 @@
 
 import os
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Dict, Iterator, List
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.data import DatasetMapper, build_detection_test_loader
 from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model, defaults, hooks
 from detectron2.evaluation import COCOEvaluator
 from detectron2.solver import build_optimizer
@@ -15,8 +17,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ..errors import D2kdError, nearest
+from .bad_images import EvaluationMapper
 from .checkpointing import RunCheckpointer
 from .loader import build_train_loader
+from .precision import amp_trainer
 from .randomness import seeded
 from .run_hooks import EMA, FiniteLosses, run_hooks
 
@@ -31,9 +35,13 @@ def wrap_ddp(model: nn.Module, **options: Any) -> nn.Module:
 
 
 @contextmanager
-def _parts_of_ours() -> Iterator[None]:
+def _parts_of_ours(cfg: CfgNode) -> Iterator[None]:
     """DefaultTrainer's constructor takes these parts from its module and offers no other way in."""
-    ours = {"create_ddp_model": wrap_ddp, "DetectionCheckpointer": RunCheckpointer}
+    ours = {
+        "create_ddp_model": wrap_ddp,
+        "DetectionCheckpointer": RunCheckpointer,
+        "AMPTrainer": partial(amp_trainer, dtype=cfg.SOLVER.AMP.DTYPE),
+    }
     originals = {name: getattr(defaults, name) for name in ours}
     try:
         vars(defaults).update(ours)
@@ -53,9 +61,9 @@ class Trainer(DefaultTrainer):
         if cfg.SEED < 0:
             cfg = cfg.clone()
             cfg.merge_from_list(["SEED", comm.shared_random_seed()])
-        with _parts_of_ours():
+        with _parts_of_ours(cfg):
             super().__init__(cfg)
-        FiniteLosses(self._trainer)
+        self.losses = FiniteLosses(self._trainer)
 
     def build_hooks(self) -> List[HookBase]:
         """DefaultTrainer's hooks with d2kd's saving instead of its own, and the EMA's evaluation."""
@@ -79,6 +87,11 @@ class Trainer(DefaultTrainer):
     def build_train_loader(cls, cfg: CfgNode) -> DataLoader:
         with seeded(cfg.SEED):  # samplers draw their own seeds
             return build_train_loader(cfg)
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> DataLoader:
+        mapper = EvaluationMapper(DatasetMapper(cfg, is_train=False))
+        return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:

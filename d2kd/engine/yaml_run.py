@@ -8,10 +8,17 @@ from detectron2.config import CfgNode
 from torch import nn
 
 from ..checkpoint import load_strict
-from ..config import detector_node, drop_teacher, load_config
+from ..config import detector_node, drop_teacher, load_config, rates_and_batches
 from ..errors import D2kdError
 from .checkpointing import RunCheckpointer
-from .checks import check_datasets, check_weights_file, usable_device
+from .checks import (
+    check_datasets,
+    check_learning_rate,
+    check_values,
+    check_weights_file,
+    tell_datasets,
+    usable_device,
+)
 from .preflight import check_teacher
 from .run_folder import RunFolder, flatten
 from .trainer import Trainer
@@ -22,6 +29,7 @@ MAY_CHANGE = (
     *("OUTPUT_DIR", "VERSION", "VIS_PERIOD", "CUDNN_BENCHMARK", "DATALOADER.NUM_WORKERS", "SOLVER.CHECKPOINT_PERIOD"),
     *("MODEL.DEVICE", "MODEL.DISTILL.TEACHER.WEIGHTS", "MODEL.DISTILL.PREFLIGHT"),
     *("DATASETS.TEST", "TEST.*", "*_TEST"),
+    "DATALOADER.SKIP_BAD_IMAGES",  # where it matters, a run without it has ended
 )
 
 
@@ -32,18 +40,23 @@ def prepare(args: argparse.Namespace) -> CfgNode:
         D2kdError: something is wrong that can be seen before any training.
     """
     cfg = load_config(args.config_file, args.opts)
+    check_values(cfg)
     cfg.MODEL.DEVICE = usable_device(cfg.MODEL.DEVICE)
-    names = cfg.DATASETS.TEST
     if args.eval_only:
         drop_teacher(cfg)
     else:
-        names = (*cfg.DATASETS.TRAIN, *names)
         check_weights_file(cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS")
     node = detector_node(cfg)
     if node is not None:
-        check_datasets(names, cfg.MODEL[node].NUM_CLASSES, f"MODEL.{node}.NUM_CLASSES")
+        key = f"MODEL.{node}.NUM_CLASSES"
+        check_datasets(dataset_names(args, cfg), cfg.MODEL[node].NUM_CLASSES, key, evaluated=cfg.DATASETS.TEST)
     cfg.freeze()
     return cfg
+
+
+def dataset_names(args: argparse.Namespace, cfg: CfgNode) -> Tuple[str, ...]:
+    """The data sets that a run reads."""
+    return (*(() if args.eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST)
 
 
 def run_folder(cfg: CfgNode) -> RunFolder:
@@ -76,13 +89,16 @@ def model_and_batch(cfg: CfgNode) -> Tuple[nn.Module, List[Dict[str, Any]]]:
 
 def run(args: argparse.Namespace, cfg: CfgNode) -> Dict[str, Any]:
     """Trains, or evaluates with ``--eval-only``; returns the evaluation's results."""
+    tell_datasets(dataset_names(args, cfg))
     if args.eval_only:
         return evaluate(args, cfg)
+    check_learning_rate(list(rates_and_batches(args.config_file, args.opts)), "SOLVER.BASE_LR")
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=args.resume)
     if trainer.start_iter == 0:
         check_teacher(trainer.checkpointer.model, trainer._trainer.data_loader, cfg.MODEL.DISTILL.PREFLIGHT)
-    return trainer.train() or getattr(trainer, "_last_eval_results", {})
+    with run_folder(cfg).telling(trainer.losses.iteration):
+        return trainer.train() or getattr(trainer, "_last_eval_results", {})
 
 
 def evaluate(args: argparse.Namespace, cfg: CfgNode) -> Dict[str, Any]:

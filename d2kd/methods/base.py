@@ -1,6 +1,5 @@
 """The contract of a distillation method, its registry, and the channel statistics several methods share."""
 
-import inspect
 from typing import Any, ClassVar, Dict, List, Sequence, Tuple
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from ..dense import Cut, DenseOutputs, Targets
 from ..errors import D2kdError, nearest
+from ..signatures import defaults
 
 METHOD_REGISTRY: Registry = Registry("D2KD_METHOD")
 METHOD_REGISTRY.__doc__ = "Distillation methods by name, as in MODEL.DISTILL.METHODS."
@@ -79,11 +79,7 @@ class FeatureMethod(Method):
 
 def method_defaults(name: str) -> Dict[str, Any]:
     """Returns the keyword arguments of a registered method with their defaults: the one place where they stand."""
-    parameters: Dict[str, inspect.Parameter] = {}
-    for cls in reversed(METHOD_REGISTRY.get(name).__mro__):  # a method may pass its base's options on
-        if issubclass(cls, Method) and "__init__" in vars(cls):
-            parameters.update(inspect.signature(cls.__init__).parameters)
-    return {key: p.default for key, p in parameters.items() if p.default is not inspect.Parameter.empty}
+    return defaults(METHOD_REGISTRY.get(name), Method)
 
 
 def method_names() -> Sequence[str]:

@@ -15,10 +15,9 @@ from typing import Dict, List
 
 import torch
 import torch.nn.functional as F
-from detectron2.utils import comm
 from torch import Tensor
 
-from ..dense import DenseOutputs, Targets, mean_over_workers
+from ..dense import DenseOutputs, Targets, at_least_one, mean_over_workers
 from ..errors import D2kdError, check_choice
 from .base import METHOD_REGISTRY, FeatureMethod
 from .imitation import box_region, instance_region, near_region, to_places
@@ -95,4 +94,4 @@ def mean_inside(errors: List[Tensor], regions: List[Tensor]) -> Tensor:
     """
     sums = torch.stack([(error * region).sum() for error, region in zip(errors, regions)])
     counts = mean_over_workers(torch.stack([region.sum() for region in regions]).float())
-    return sums / counts.clamp(min=1 / comm.get_world_size())  # of the means above 0 the least
+    return sums / at_least_one(counts)

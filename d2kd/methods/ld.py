@@ -8,8 +8,9 @@ With its defaults the method is mmdetection's LD; ``vlr_weight=0.25, cls_weight=
 the class loss in the region's rest their code has the name only: its value is always 0.
 
 As in both, the main loss is a sum, weighed by the student's own highest class score and not divided by the number of
-positives, so it grows with the number of boxes. Deviations from the authors' code: images without ground truth give 0,
-where theirs raises, and ``true_diou`` defines the region as the paper does.
+positives, so it grows with the number of boxes, and with the images of a worker: see ``per_image``. Deviations from the
+authors' code: images without ground truth give 0, where theirs raises; the positives that the class loss is divided by
+are averaged over workers; and ``true_diou`` defines the region as the paper does.
 """
 
 from typing import Dict, List, Sequence
@@ -19,7 +20,7 @@ from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import Boxes, pairwise_ioa, pairwise_iou
 from torch import Tensor
 
-from ..dense import DenseOutputs, Targets
+from ..dense import DenseOutputs, Targets, at_least_one, mean_over_workers
 from ..errors import D2kdError
 from ..losses import kl_divergence_loss
 from ..modeling.atss_assign import iou_thresholds, nearest_anchors
@@ -43,6 +44,9 @@ class LD(Method):
         vlr_gamma: the region's lower bound in parts of that threshold, 0 to 1.
         true_diou: bound the region by the DIoU of anchor and box, as the paper says. The authors' code puts the
             intersection over the anchor's area in place of the IoU there, and so were the published numbers measured.
+        per_image: divide the losses of both regions by the worker's number of images, which makes them independent of
+            the batch and of the number of workers. The published 0.25 was for sums over 2 images: 0.5 per image is the
+            same there.
     """
 
     def __init__(
@@ -55,6 +59,7 @@ class LD(Method):
         vlr_topk: int = 9,
         vlr_gamma: float = 0.25,
         true_diou: bool = False,
+        per_image: bool = False,
     ) -> None:
         super().__init__()
         self.weight = weight
@@ -65,6 +70,7 @@ class LD(Method):
         self.vlr_topk = vlr_topk
         self.vlr_gamma = vlr_gamma
         self.true_diou = true_diou
+        self.per_image = per_image
 
     def setup(self, student: DenseDetector, teacher: DenseDetector, channels: Channels) -> None:
         own, theirs = (getattr(detector.box2box_transform, "reg_max", None) for detector in (student, teacher))
@@ -98,18 +104,20 @@ class LD(Method):
     def _box_loss(self, student: DenseOutputs, teacher: DenseOutputs, weights: Tensor) -> Tensor:
         used, num_bins = weights > 0, student.detector.box2box_transform.reg_max + 1
         own, theirs = (outputs.box_predictions[used] for outputs in (student, teacher))
-        return ld_loss(own, theirs, weights[used], num_bins, self.temperature)
+        loss = ld_loss(own, theirs, weights[used], num_bins, self.temperature)
+        return loss / len(weights) if self.per_image else loss
 
     def _cls_loss(self, student: DenseOutputs, teacher: DenseOutputs, positive: Tensor) -> Tensor:
         """Mean over classes and over the positives of each level, summed over levels."""
         sizes = [len(level) for level in student.anchors_per_level]
-        levels: List[Tensor] = []
+        sums: List[Tensor] = []
         for own, theirs, used in zip(
             *(x.split(sizes, dim=1) for x in (student.shared_logits, teacher.shared_logits, positive))
         ):
             loss = kl_divergence_loss(own[used], theirs[used], self.cls_temperature) / max(own.shape[-1], 1)
-            levels.append(loss.sum() / max(len(loss), 1))
-        return torch.stack(levels).sum()
+            sums.append(loss.sum())
+        counts = torch.stack([level.sum() for level in positive.split(sizes, dim=1)]).float()
+        return (torch.stack(sums) / at_least_one(mean_over_workers(counts))).sum()
 
 
 def ld_loss(

@@ -9,6 +9,7 @@ from typing import Dict
 
 import torch
 import torch.nn.functional as F
+from detectron2.utils import comm
 from torch import Tensor
 
 from ..dense import DenseOutputs, Targets, mean_over_workers
@@ -93,7 +94,7 @@ def centerness_loss(logits: Tensor, teacher_logits: Tensor, targets: Targets) ->
 
 
 def centerness_sum(student: DenseOutputs, targets: Targets) -> Tensor:
-    """Sum of the positives' centerness targets (FCOS, arXiv 1904.01355), averaged over workers; 1 if there is none."""
+    """Sum of the positives' centerness targets (FCOS, arXiv 1904.01355), averaged over workers; if 0, 1 in all."""
     centerness = centerness_targets(student.anchors, targets.boxes)
     total = mean_over_workers((centerness * targets.positive).sum())
-    return torch.where(total > 0, total, 1.0)
+    return torch.where(total > 0, total, 1 / comm.get_world_size())

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..dense import level_strides, mean_over_workers
 from .atss_assign import assign_atss, starts_in_image
-from .one_anchor import OneAnchorDetector, keyword_defaults
+from .one_anchor import OneAnchorDetector, config_options
 
 
 class Positives(NamedTuple):
@@ -93,7 +93,7 @@ class AnchorPointDetector(OneAnchorDetector):
 
     @classmethod
     def _options(cls) -> Dict[str, Any]:
-        return keyword_defaults(cls, AnchorPointDetector)
+        return config_options(cls, AnchorPointDetector)
 
     def forward_training(
         self, images: ImageList, features: List[Tensor], predictions: List[List[Tensor]], gt_instances: List[Any]

@@ -124,7 +124,7 @@ class ATSS(AnchorPointDetector):
         centerness = torch.cat(rest[0], dim=1).squeeze(2)[positives.mask].float()
         centerness_loss = F.binary_cross_entropy_with_logits(centerness, targets, reduction="sum")
         box_loss = (giou_loss(positives.decoded, positives.boxes) * targets).sum()
-        box_normalizer = mean_over_workers(targets.sum()).clamp(min=1)
+        box_normalizer = self._at_least_one(mean_over_workers(targets.sum()))
         cls_loss = self._focal_loss(torch.cat(pred_logits, dim=1)[valid], labels[valid])
         return {
             "loss_cls": self.cls_weight * cls_loss / positives.normalizer,

@@ -26,7 +26,7 @@ from ..dense import decode_boxes, mean_over_workers
 from ..errors import D2kdError, check_choice
 from ..losses import BOX_LOSSES, centerness_targets
 from .coders import LinearBoxTransform
-from .one_anchor import OneAnchorDetector, drop_tower_biases, keyword_defaults
+from .one_anchor import OneAnchorDetector, config_options, drop_tower_biases
 
 LOSS_NORMALIZERS = ("ema", "batch")
 SCORE_RULES = ("sqrt", "product")
@@ -165,7 +165,7 @@ class FCOS(OneAnchorDetector, fcos.FCOS):
 
     @classmethod
     def _options(cls) -> Dict[str, Any]:
-        return keyword_defaults(cls, fcos.FCOS)
+        return config_options(cls, fcos.FCOS)
 
     def losses(
         self,
@@ -212,7 +212,7 @@ class FCOS(OneAnchorDetector, fcos.FCOS):
         if self.loss_normalizer_type == "ema":
             normalizer = self._ema_update("loss_normalizer", max(int(positive.sum()), 1), 300)
             return _named(cls_loss / normalizer, box_losses.sum() / normalizer, ctr_loss / normalizer)
-        num_pos = mean_over_workers(positive.sum().float()).clamp(min=1)
+        num_pos = self._at_least_one(mean_over_workers(positive.sum().float()))
         ctr_sum = mean_over_workers(targets.sum()).clamp(min=1e-6)
         return _named(cls_loss / num_pos, (box_losses * targets).sum() / ctr_sum, ctr_loss / num_pos)
 

@@ -136,7 +136,7 @@ class GFL(AnchorPointDetector):
         valid = labels >= 0
         cls_loss = quality_focal_loss(logits[valid], labels[valid], overlaps[valid], self.qfl_beta).sum()
         weights = logits[positives.mask].detach().amax(-1).sigmoid()
-        normalizer = mean_over_workers(weights.sum()).clamp(min=1)
+        normalizer = self._at_least_one(mean_over_workers(weights.sum()))
         box_loss = (giou_loss(positives.decoded, positives.boxes) * weights).sum()
         dfl_loss = (self._side_losses(positives) * weights).sum()
         return {

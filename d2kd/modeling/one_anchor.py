@@ -3,7 +3,6 @@
 What inference runs is written for TorchScript and tracing: plain loops, no ``super()``, no ``Sequence``.
 """
 
-import inspect
 from typing import Any, ClassVar, Dict, List, Tuple, Type
 
 import torch
@@ -15,7 +14,9 @@ from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
 
+from ..dense import at_least_one
 from ..errors import D2kdError, check_choice
+from ..signatures import defaults
 
 # The same for all detectors of a config: TEST.DETECTIONS_PER_IMAGE and INPUT.FORMAT.
 _SHARED_OPTIONS = ("max_detections_per_image", "input_format")
@@ -32,6 +33,8 @@ class OneAnchorDetector(DenseDetector):
     #: Name of the config node under MODEL, and the head's class that it configures.
     config_node: ClassVar[str]
     head_class: ClassVar[Type[RetinaNetHead]]
+    #: See :class:`DistillMetaArch`.
+    sync_normalizer = False
 
     @classmethod
     def config_defaults(cls) -> Dict[str, Any]:
@@ -51,7 +54,7 @@ class OneAnchorDetector(DenseDetector):
 
     @classmethod
     def _head_options(cls) -> Dict[str, Any]:
-        return keyword_defaults(cls.head_class, RetinaNetHead)
+        return config_options(cls.head_class, RetinaNetHead)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> Dict[str, Any]:
@@ -80,6 +83,10 @@ class OneAnchorDetector(DenseDetector):
             "input_format": cfg.INPUT.FORMAT,
             **{name: node[config_key(name)] for name in cls._options()},
         }
+
+    def _at_least_one(self, normalizer: Tensor) -> Tensor:
+        """Clamps a normaliser that was averaged over workers, as published or as ``sync_normalizer`` says."""
+        return at_least_one(normalizer) if self.sync_normalizer else normalizer.clamp(min=1)
 
     def _per_anchor(self, predictions: List[List[Tensor]]) -> List[List[Tensor]]:
         """The head's outputs as per level (N, Hi*Wi, channels)."""
@@ -141,14 +148,10 @@ def drop_tower_biases(head: RetinaNetHead) -> None:
                 layer.bias = None
 
 
-def keyword_defaults(cls: type, base: type) -> Dict[str, Any]:
-    """Keyword arguments with defaults of a class and its bases, as far up as ``base``."""
-    found: Dict[str, Any] = {}
-    for parent in reversed(cls.__mro__):
-        if issubclass(parent, base) and "__init__" in vars(parent):
-            found.update(inspect.signature(parent.__init__).parameters)
-    defaults = {name: p.default for name, p in found.items() if p.default is not inspect.Parameter.empty}
-    return {name: value for name, value in defaults.items() if value is not None and name not in _SHARED_OPTIONS}
+def config_options(cls: type, base: type) -> Dict[str, Any]:
+    """What a detector's config node says of a class: arguments of it and its bases, as far up as ``base``."""
+    own = defaults(cls, base)
+    return {name: value for name, value in own.items() if value is not None and name not in _SHARED_OPTIONS}
 
 
 def config_key(name: str) -> str:

@@ -1,0 +1,383 @@
+"""Checks of COCO-format files: what would end a run later, or spoil it unseen, is told in one sentence before.
+
+Refused is what pycocotools, detectron2's ``load_coco_json`` and mapper, or evaluation cannot work with. What they
+drop or change without a word is counted and told in a warning.
+"""
+
+import gc
+import json
+import logging
+import re
+import reprlib
+from collections import Counter
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Set, Tuple, Union
+
+import numpy as np
+
+from d2kd.data.images import check_image_files
+from d2kd.errors import D2kdError
+
+LISTS = ("images", "categories", "annotations")
+REFERENCES = {"image_id": "images", "category_id": "categories"}
+
+# Farther out nothing is a pixel, and sums of integers could overflow.
+LARGEST_LENGTH = 1e9
+# COCO's evaluation leaves out larger objects.
+LARGEST_AREA = 1e10
+# In pixels: detectron2 drops boxes of which a side is not longer.
+LEAST_SIDE = 1e-5
+# In pixels: boxes that reach out of their image by no more are not worth a word.
+TOLERANCE = 1.0
+LEAVES_OUT = "leaves them out"
+
+MISSING = object()
+# NumPy, through which evaluation takes ids, cuts off NULs; lone surrogates can be written to no file.
+_UNFIT = re.compile("[\0\ud800-\udfff]")
+_LOG = logging.getLogger(__name__)
+
+
+class CocoFile(NamedTuple):
+    """An annotation file that can be used for training.
+
+    Attributes:
+        path: of the file.
+        classes: names by category id, in the order of ids, in which detectron2 numbers them.
+        images: file name, width and height of each image.
+        not_evaluable: why it cannot be used for evaluation, and the mend; empty if it can.
+        odd: what is dropped or changed silently; empty if there is nothing.
+        num_idle: how many images show nothing to learn.
+    """
+
+    path: str
+    classes: Dict[Any, str]
+    images: List[Tuple[str, int, int]]
+    not_evaluable: str
+    odd: str
+    num_idle: int
+
+    def tell(self) -> None:
+        """Logs what is odd as a warning, and images without boxes as information."""
+        if self.odd:
+            _LOG.warning("%s: %s; mend these entries or remove them", self.path, self.odd)
+        if self.num_idle:
+            _LOG.info("%s: %d of %d images have no usable box", self.path, self.num_idle, len(self.images))
+
+
+def check_coco(json_file: Union[str, Path], image_root: Union[str, Path], evaluated: bool = True) -> CocoFile:
+    """Checks that a data set in COCO's format can be used, and warns of what detectron2 would silently drop or change.
+
+    Args:
+        json_file: the annotation file.
+        image_root: the folder that the file names in ``json_file`` are relative to.
+        evaluated: whether it is used for evaluation too: that needs ``area`` and ``iscrowd`` in all annotations, and
+            images of the size that the file says, of which the headers of some are read.
+
+    Returns:
+        What the file holds.
+
+    Raises:
+        D2kdError: names file, entry and mend.
+    """
+    found = examine_coco(json_file)
+    check_files(found, image_root, evaluated)
+    found.tell()
+    return found
+
+
+def check_files(found: CocoFile, image_root: Union[str, Path], evaluated: bool) -> None:
+    """The part of :func:`check_coco` that looks at image files, and at what evaluation needs."""
+    if evaluated and found.not_evaluable:
+        raise D2kdError(found.not_evaluable)
+    check_image_files(found.path, image_root, found.images, read_headers=evaluated)
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Reading COCO takes half the time if its millions of objects are not looked through again and again."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+@_no_garbage_collection()
+def examine_coco(json_file: Union[str, Path]) -> CocoFile:
+    """The part of :func:`check_coco` that needs the annotation file alone.
+
+    Raises:
+        D2kdError: names file, entry and mend.
+    """
+    content = read_coco(json_file)
+    for key in LISTS:
+        _check_list(content, json_file, key)
+    _raise_first(_strays(content), json_file, "annotations")
+    _check_unit(content["annotations"], json_file)
+    defects = _defects(content)
+    num_idle = len(content["images"]) - len(_busy_images(content["annotations"], defects))
+    if num_idle == len(content["images"]):
+        raise D2kdError(
+            f"{json_file}: no image has a usable box, that is one with an area, inside its image and with iscrowd 0; "
+            "correct the annotations or leave out this data set"
+        )
+    lacks = next(_misfits(content["annotations"], NEEDED_BY_EVALUATION), None)
+    return CocoFile(
+        path=str(json_file),
+        classes=_classes(content),
+        images=[(entry["file_name"], entry["width"], entry["height"]) for entry in content["images"]],
+        not_evaluable=f"{_sentence(lacks, json_file, 'annotations')}; evaluation needs it" if lacks else "",
+        odd="; ".join([*(x.in_words(content["annotations"]) for x in defects), *_odd_entries(content)]),
+        num_idle=num_idle,
+    )
+
+
+def read_classes(json_file: Union[str, Path]) -> Dict[Any, str]:
+    """Reads the names of categories alone, by id in the order of ids.
+
+    Raises:
+        D2kdError: names file, entry and mend.
+    """
+    content = read_coco(json_file)
+    _check_list(content, json_file, "categories")
+    return _classes(content)
+
+
+def read_coco(json_file: Union[str, Path]) -> Dict[str, Any]:
+    """Reads an annotation file and checks that it has COCO's three lists of objects, none of them empty.
+
+    Args:
+        json_file: the annotation file.
+
+    Returns:
+        The file's content, with at least the non-empty lists ``images``, ``annotations`` and ``categories``.
+
+    Raises:
+        D2kdError: the file is missing, not JSON or not in COCO's format, or a list is empty.
+    """
+    try:
+        content = json.loads(Path(json_file).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise D2kdError(
+            f"cannot read the annotation file {json_file} ({error.strerror}); put the data set there or set "
+            "DETECTRON2_DATASETS to the folder that holds it (see datasets/README.md)"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise D2kdError(f"{json_file} is not a JSON file ({error}); give an annotation file in COCO's format") from None
+    for key in LISTS:
+        entries = content.get(key) if isinstance(content, dict) else None
+        if not isinstance(entries, list):
+            raise D2kdError(f"{json_file} has no list '{key}'; give an annotation file in COCO's detection format")
+        if not entries:
+            raise D2kdError(f"the list '{key}' of {json_file} is empty; give a file with at least one entry in it")
+        for position, entry in enumerate(entries):
+            if not isinstance(entry, dict):
+                raise D2kdError(f"{json_file}: {key}[{position}] is {reprlib.repr(entry)}; make it an object {{...}}")
+    return content
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and value != "" and not _UNFIT.search(value)
+
+
+def _is_integer(value: Any) -> bool:
+    return type(value) is int and -(2**63) <= value < 2**63
+
+
+def _is_length(value: Any) -> bool:
+    return type(value) is int and 0 < value <= LARGEST_LENGTH
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and -LARGEST_LENGTH <= value <= LARGEST_LENGTH
+
+
+def _is_area(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value <= LARGEST_AREA
+
+
+def _is_box(value: Any) -> bool:
+    return type(value) is list and len(value) == 4 and all(map(_is_number, value)) and value[2] >= 0 <= value[3]
+
+
+def _is_segmentation(value: Any) -> bool:
+    """Whether detectron2 can load it. Dense detectors read no masks, so the numbers of polygons are left unseen."""
+    if isinstance(value, dict) and value:
+        return _is_rle(value.get("counts"), value.get("size"))
+    return not value or (isinstance(value, list) and all(isinstance(polygon, list) for polygon in value))
+
+
+def _is_rle(counts: Any, size: Any) -> bool:
+    if not isinstance(counts, list):
+        return isinstance(counts, str)
+    has_size = isinstance(size, list) and len(size) == 2 and all(map(_is_length, size))
+    return has_size and all(type(count) is int and 0 <= count < 2**32 for count in counts)
+
+
+class Field(NamedTuple):
+    """What an entry must hold under a key: a test, and the same in words."""
+
+    key: str
+    is_valid: Callable[[Any], bool]
+    words: str
+    may_miss: bool = False
+
+
+_OWN_ID = Field("id", lambda v: _is_integer(v) or _is_text(v), "an integer or string of its own")
+FIELDS = {
+    "images": (
+        _OWN_ID,
+        Field("file_name", _is_text, "the name of the image's file"),
+        Field("height", _is_length, "the image's height in pixels, an integer above 0"),
+        Field("width", _is_length, "the image's width in pixels, an integer above 0"),
+    ),
+    "categories": (_OWN_ID, Field("name", _is_text, "the name of the class, a string")),
+    "annotations": (
+        Field("id", _is_integer, "an integer of its own"),
+        Field("bbox", _is_box, "[x, y, width, height] in pixels, finite numbers, the last two not negative"),
+        Field("area", _is_area, f"a number from 0 to {LARGEST_AREA:.0e} (width x height will do)", may_miss=True),
+        Field("iscrowd", lambda v: v in (0, 1), "0, or 1 for a group that is not trained on", may_miss=True),
+        Field("ignore", lambda v: v == 0, "0 (perhaps iscrowd 1 is meant) or leave it out", may_miss=True),
+        Field("segmentation", _is_segmentation, "a list of polygons or an RLE, or leave it out", may_miss=True),
+        Field(
+            "keypoints",
+            lambda v: not v or (isinstance(v, list) and all(map(_is_number, v))),
+            "a list of numbers or leave it out",
+            may_miss=True,
+        ),
+    ),
+}
+NEEDED_BY_EVALUATION = [
+    field._replace(is_valid=lambda _: True, may_miss=False)
+    for field in FIELDS["annotations"]
+    if field.key in ("area", "iscrowd")
+]
+
+
+class Misfit(NamedTuple):
+    """What is wrong with the value of a key of an entry, and the mend."""
+
+    position: int
+    entry: Dict[str, Any]
+    key: str
+    mend: str
+
+
+def _misfits(entries: List[Dict[str, Any]], fields: Iterable[Field]) -> Iterator[Misfit]:
+    for key, is_valid, words, may_miss in fields:
+        values = [entry[key] for entry in entries if key in entry]
+        if (may_miss or len(values) == len(entries)) and all(map(is_valid, values)):
+            continue  # that was quick; now for the place of what is wrong
+        for position, entry in enumerate(entries):
+            value = entry.get(key, MISSING)
+            if not (may_miss if value is MISSING else is_valid(value)):
+                yield Misfit(position, entry, key, f"set it to {words}")
+
+
+def _strays(content: Dict[str, Any]) -> Iterator[Misfit]:
+    """Annotations that point nowhere."""
+    for key, listed in REFERENCES.items():
+        known = {entry["id"] for entry in content[listed]}
+        for position, entry in enumerate(content["annotations"]):
+            value = entry.get(key)
+            if isinstance(value, (list, dict)) or value not in known:
+                yield Misfit(position, entry, key, f"set it to an id that is among its '{listed}', or add that entry")
+
+
+def _raise_first(misfits: Iterator[Misfit], json_file: Union[str, Path], listed: str) -> None:
+    for misfit in misfits:
+        raise D2kdError(_sentence(misfit, json_file, listed))
+
+
+def _sentence(misfit: Misfit, json_file: Union[str, Path], listed: str) -> str:
+    position, entry, key, mend = misfit
+    value = reprlib.repr(entry[key]) if key in entry else ""
+    own = f" (id {reprlib.repr(entry['id'])})" if "id" in entry and key != "id" else ""
+    return f"{json_file}: {listed}[{position}]{own} has {f'{key} {value}' if value else f'no {key}'}; {mend}"
+
+
+def _classes(content: Dict[str, Any]) -> Dict[Any, str]:
+    return {entry["id"]: entry["name"] for entry in sorted(content["categories"], key=lambda entry: entry["id"])}
+
+
+def _check_list(content: Dict[str, Any], json_file: Union[str, Path], listed: str) -> None:
+    _raise_first(_misfits(content[listed], FIELDS[listed]), json_file, listed)
+    _check_ids([entry["id"] for entry in content[listed]], json_file, listed)
+
+
+def _check_ids(ids: List[Any], json_file: Union[str, Path], listed: str) -> None:
+    if len(set(map(type, ids))) > 1:
+        raise D2kdError(f"{json_file}: the ids of '{listed}' are integers and strings; use one kind")
+    # detectron2 too lets minival pass, a set of 2014 in which ids are known to repeat.
+    may_repeat = listed == "annotations" and "minival" in str(json_file)
+    if len(set(ids)) < len(ids) and not may_repeat:
+        repeated, count = Counter(ids).most_common(1)[0]
+        raise D2kdError(f"{json_file}: {count} entries of '{listed}' have the id {repeated!r}; give each its own")
+
+
+def _check_unit(annotations: List[Dict[str, Any]], json_file: Union[str, Path]) -> None:
+    if not any(number > 1 for annotation in annotations for number in annotation["bbox"]):
+        raise D2kdError(f"{json_file}: all boxes end within the first pixel, as if in shares of the size; give pixels")
+
+
+class Defect(NamedTuple):
+    """What is odd about some boxes: which of all annotations (M,), and what training makes of them."""
+
+    what: str
+    consequence: str
+    mask: np.ndarray
+
+    def in_words(self, annotations: List[Dict[str, Any]]) -> str:
+        example = annotations[int(self.mask.argmax())]
+        such_as = f"such as annotation {example['id']} with {example['bbox']}"
+        return f"{self.what}: {self.mask.sum()}, {such_as} (training {self.consequence})"
+
+
+def _defects(content: Dict[str, Any]) -> List[Defect]:
+    images, annotations = content["images"], content["annotations"]
+    place_of = {image["id"]: place for place, image in enumerate(images)}
+    places = np.array([place_of[annotation["image_id"]] for annotation in annotations])
+    sizes = np.array([(image["width"], image["height"]) for image in images])[places]
+    numbers = chain.from_iterable(annotation["bbox"] for annotation in annotations)
+    boxes = np.fromiter(numbers, float).reshape(-1, 4)
+    low, high = boxes[:, :2], boxes[:, :2] + boxes[:, 2:]
+    flat = (boxes[:, 2:] <= LEAST_SIDE).any(1)
+    outside = (np.minimum(high, sizes) - np.maximum(low, 0) <= LEAST_SIDE).any(1)
+    reaching = ((low < -TOLERANCE) | (high > sizes + TOLERANCE)).any(1)
+    shapeless = np.array([_has_no_polygon(annotation.get("segmentation")) for annotation in annotations])
+    found = [
+        Defect("boxes without area", LEAVES_OUT, flat),
+        Defect("boxes outside their image", LEAVES_OUT, outside & ~flat),
+        Defect("boxes that reach out of their image", "cuts them off", reaching & ~outside & ~flat),
+        Defect("boxes whose segmentation has no polygon of three points", LEAVES_OUT, shapeless),
+    ]
+    return [defect for defect in found if defect.mask.any()]
+
+
+def _has_no_polygon(segmentation: Any) -> bool:
+    """Whether detectron2 drops an annotation for its segmentation."""
+    if not segmentation or isinstance(segmentation, dict):
+        return False
+    return not any(len(polygon) % 2 == 0 and len(polygon) >= 6 for polygon in segmentation)
+
+
+def _busy_images(annotations: List[Dict[str, Any]], defects: List[Defect]) -> Set[Any]:
+    """Ids of the images with a usable box."""
+    is_out = np.zeros(len(annotations), dtype=bool)
+    for defect in defects:
+        is_out |= defect.mask & (defect.consequence == LEAVES_OUT)
+    return {x["image_id"] for x, is_left_out in zip(annotations, is_out) if not (is_left_out or x.get("iscrowd"))}
+
+
+def _odd_entries(content: Dict[str, Any]) -> Iterator[str]:
+    names = Counter(image["file_name"] for image in content["images"])
+    repeated = [name for name, count in names.items() if count > 1]
+    if repeated:
+        yield f"file names of several images: {len(repeated)}, such as {repeated[0]!r}"
+    low = [annotation["id"] for annotation in content["annotations"] if annotation["id"] < 1]
+    if low:
+        yield f"annotation ids below 1: {len(low)}, such as {low[0]} (evaluation takes these objects for not found)"

@@ -1,0 +1,122 @@
+"""Checks of image files: whether they are there, can be read and have the size that the annotations say."""
+
+import os
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Set, Tuple, Union
+
+from PIL import Image
+
+from d2kd.errors import D2kdError
+
+#: So many images of a set are opened for their size, which takes less than a second.
+HEADERS_READ = 1000
+NAMES_TOLD = 3
+ORIENTATION = 0x0112
+TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
+
+
+def check_image_files(
+    json_file: str, image_root: Union[str, Path], images: Sequence[Tuple[str, int, int]], read_headers: bool
+) -> None:
+    """Checks that all images are there and, if asked to, that those of a sample have the right size.
+
+    Args:
+        json_file: the annotation file that names them.
+        image_root: the folder that their names are relative to.
+        images: name, width and height of each.
+        read_headers: whether to open some of them.
+
+    Raises:
+        D2kdError: names the first files and the mend.
+    """
+    if not os.path.isdir(image_root):
+        raise D2kdError(f"the image folder {image_root} of {json_file} does not exist; put the images there")
+    missing = missing_files(image_root, [name for name, *_ in images])
+    if missing:
+        first = ", ".join(map(repr, missing[:NAMES_TOLD]))
+        raise D2kdError(
+            f"{len(missing)} of {len(images)} images named in {json_file} are not in {image_root}, such as {first}; "
+            "put the images there or give the folder that the file names are relative to"
+        )
+    if read_headers:
+        for name, width, height in images[:: -(-len(images) // HEADERS_READ)]:
+            path = os.path.join(image_root, name)
+            reason = reading_fault(path, (width, height), decode=False)
+            if reason:
+                raise D2kdError(f"the image {path} of {json_file} cannot be used: {reason}; mend the file or its entry")
+
+
+def missing_files(folder: Union[str, Path], names: Sequence[str]) -> List[str]:
+    """Those of some file names, relative to a folder, that are not there; lists folders instead of asking for each."""
+    there: Dict[str, Set[str]] = {}
+    missing = []
+    for name in names:
+        path = os.path.join(folder, name)
+        parent, base = os.path.split(path)
+        if parent not in there:
+            there[parent] = _files_in(parent)
+        # The question makes sure of file systems that ignore case.
+        if base not in there[parent] and not os.path.isfile(path):
+            missing.append(name)
+    return missing
+
+
+def _files_in(folder: str) -> Set[str]:
+    try:
+        with os.scandir(folder) as entries:
+            return {entry.name for entry in entries if not entry.is_dir(follow_symlinks=False)}
+    except OSError:
+        return set()
+
+
+def image_fault(entry: Any, error: Exception) -> str:
+    """What is wrong with the image of a dataset dict on which a mapper failed.
+
+    Args:
+        entry: detectron2's dataset dict.
+        error: what the mapper raised.
+
+    Returns:
+        A sentence that names the file, or "" if the image is not the cause.
+    """
+    if not (isinstance(entry, Mapping) and "file_name" in entry):
+        return ""
+    size = (entry["width"], entry["height"]) if {"width", "height"} <= entry.keys() else None
+    reason = reading_fault(entry["file_name"], size, decode=True)
+    if not reason and isinstance(error, OSError):  # it can be read by now
+        reason = in_words(error)
+    return reason and f"the image {entry['file_name']} (id {entry.get('image_id')!r}) cannot be used: {reason}"
+
+
+def reading_fault(path: str, size: Optional[Tuple[int, int]], decode: bool) -> str:
+    """Why an image cannot be read as detectron2 reads it, or "" if it can.
+
+    Args:
+        path: the file.
+        size: width and height that it must have, if known.
+        decode: whether to read the pixels too.
+    """
+    try:
+        with Image.open(path) as image:
+            is_turned = _orientation(image) in TURNED
+            found = image.size[::-1] if is_turned else image.size
+            if decode:
+                image.convert("RGB")
+    except Exception as error:  # PIL's readers raise errors of many kinds for damaged files
+        return in_words(error)
+    if size is None or size == found:
+        return ""
+    turned = ", turned by its EXIF orientation" if is_turned else ""
+    return f"it has {found[0]} x {found[1]} pixels{turned}, the annotations say {size[0]} x {size[1]}"
+
+
+def _orientation(image: Image.Image) -> Any:
+    try:
+        return image.getexif().get(ORIENTATION)
+    except Exception:  # as detectron2 does: damaged EXIF data are none
+        return None
+
+
+def in_words(error: Exception) -> str:
+    """An error in one line, without the path that the system adds."""
+    return getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__

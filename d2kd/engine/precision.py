@@ -1,0 +1,53 @@
+"""Automatic mixed precision: float16 with a gradient scaler on a GPU, or bfloat16 anywhere."""
+
+import logging
+from typing import Any
+
+import torch
+from detectron2.engine import AMPTrainer, SimpleTrainer
+from torch import nn
+
+from ..errors import check_choice
+
+DTYPES = ("float16", "bfloat16")
+
+
+class Autocast(nn.Module):
+    """Runs a model in bfloat16 while it trains, and as it is otherwise.
+
+    Args:
+        module: a model, maybe in DDP.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *inputs: Any) -> Any:
+        """What the model gives."""
+        device = next(self.module.parameters()).device.type
+        with torch.autocast(device, torch.bfloat16, enabled=self.training):
+            return self.module(*inputs)
+
+
+def amp_trainer(model: nn.Module, data_loader: Any, optimizer: torch.optim.Optimizer, dtype: str) -> SimpleTrainer:
+    """Builds the trainer for mixed precision.
+
+    float16 is detectron2's own, which scales gradients against underflow. bfloat16 has float32's range and needs no
+    scaling; it is what CPUs have.
+
+    Args:
+        model: maybe in DDP.
+        data_loader: gives batches.
+        optimizer: of the model.
+        dtype: one of :data:`DTYPES`; on the CPU it is always bfloat16.
+
+    Raises:
+        D2kdError: the type is none of these.
+    """
+    check_choice("SOLVER.AMP.DTYPE (LazyConfig: train.amp.dtype)", dtype, DTYPES)
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    if dtype == "float16" and not on_cpu:
+        return AMPTrainer(model, data_loader, optimizer)
+    logging.getLogger(__name__).info("Mixed precision: bfloat16%s", ", as always on the CPU" if on_cpu else "")
+    return SimpleTrainer(Autocast(model), data_loader, optimizer)

@@ -1,0 +1,176 @@
+"""What a teacher says of a few training images: losses that compare between detectors, and AP."""
+
+import contextlib
+import io
+from itertools import islice
+from typing import Any, Dict, List, MutableMapping, NamedTuple, Sequence, Tuple
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from detectron2.structures import Instances
+from fvcore.nn import sigmoid_focal_loss
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch import Tensor
+
+from ..dense import preprocess
+from ..distill import Teacher
+from ..errors import D2kdError
+from ..losses import giou_loss
+from .loader import SeededDataset
+
+
+class Reading(NamedTuple):
+    """What a teacher says of one image. S classes, P positive anchors.
+
+    Attributes:
+        background: class loss of each class if every anchor were background, (S,).
+        logits: class logits of the positive anchors, (P, S).
+        labels: classes of the positive anchors, (P,) in 0..S-1.
+        box_loss: mean GIoU loss of the positive anchors, ().
+    """
+
+    background: Tensor
+    logits: Tensor
+    labels: Tensor
+    box_loss: Tensor
+
+    def loss(self) -> Tensor:
+        """Detection loss of the image, (): focal loss per positive anchor plus GIoU loss.
+
+        The same for all detectors; their own losses keep running means and wait for other workers.
+        """
+        return self.loss_with(self.logits)
+
+    def loss_with(self, logits: Tensor) -> Tensor:
+        """The same with other logits (P, S) at the positive anchors."""
+        one_hot = F.one_hot(self.labels, logits.shape[1])
+        positive = focal_loss(logits, one_hot) - focal_loss(self.logits, torch.zeros_like(one_hot))
+        class_loss = (self.background.sum() + positive.sum()) / max(len(self.labels), 1)
+        return torch.nan_to_num(class_loss + self.box_loss, nan=torch.inf)
+
+
+class Sample:
+    """Images to read, with ground truth.
+
+    Args:
+        images: as the training loader gives them, but with classes that count among the shared ones, 0..S-1.
+        input_format: their channel order.
+        own: the shared classes as the student counts them.
+        theirs: the same as the teacher counts them.
+    """
+
+    def __init__(
+        self, images: List[Dict[str, Any]], input_format: str, own: Sequence[int], theirs: Sequence[int]
+    ) -> None:
+        self.images = images
+        self.input_format = input_format
+        self.own, self.theirs = list(own), list(theirs)
+        self._readings: MutableMapping[Teacher, List[Reading]] = WeakKeyDictionary()
+
+    def readings(self, teacher: Teacher) -> List[Reading]:
+        """What a teacher says of each image."""
+        if teacher not in self._readings:
+            self._readings[teacher] = [self._read(teacher, image) for image in self.images]
+        return self._readings[teacher]
+
+    # One image at a time: the loss of each counts, and memory is that of one.
+    def _read(self, teacher: Teacher, image: Dict[str, Any]) -> Reading:
+        outputs, detector = teacher([image], self.input_format), teacher.detector
+        instances = image["instances"].to(detector.device)
+        labels, boxes = (found[0] for found in detector.label_anchors(outputs.anchors_per_level, [instances]))
+        positive = (labels >= 0) & (labels < detector.num_classes)
+        logits = outputs.logits[0][:, self.theirs]
+        valid = logits[labels >= 0]
+        box_losses = giou_loss(outputs.boxes[0][positive], boxes[positive])
+        return Reading(
+            background=focal_loss(valid, torch.zeros_like(valid)).sum(0).cpu(),
+            logits=logits[positive].cpu(),
+            labels=labels[positive].cpu(),
+            box_loss=(box_losses.sum() / max(len(box_losses), 1)).cpu(),
+        )
+
+    @torch.no_grad()
+    def detections(self, teacher: Teacher) -> List[Instances]:
+        """Detections of the shared classes in each image."""
+        found = []
+        for image in self.images:
+            outputs = teacher([image], self.input_format)
+            images = preprocess(teacher.detector, [image])  # read for its size only
+            (instances,) = teacher.detector.forward_inference(images, outputs.features, outputs.predictions)
+            found.append(renumbered(instances.to("cpu"), "pred_classes", self.theirs))
+        return found
+
+
+def draw(dataset: SeededDataset, num_images: int, classes: Sequence[int]) -> List[Dict[str, Any]]:
+    """Draws images that show some of the classes, evenly spaced and always the same.
+
+    Args:
+        dataset: of the training loader.
+        num_images: at most so many.
+        classes: what counts; in the result they are numbered from 0.
+
+    Raises:
+        D2kdError: no such image is among the first that were looked at.
+    """
+    size = len(dataset.dataset)
+    step = max(size // num_images, 1)
+    order = [index for start in range(step) for index in range(start, size, step)][: 8 * num_images]
+    samples = (dataset[index, position] for position, index in enumerate(order))
+    annotated = ({**x, "instances": renumbered(x["instances"], "gt_classes", classes)} for x in samples)
+    found = list(islice((x for x in annotated if len(x["instances"])), num_images))
+    if not found:
+        raise D2kdError(f"none of {len(order)} training images has an annotation of a class that the teacher knows")
+    return found
+
+
+def renumbered(instances: Instances, field: str, classes: Sequence[int]) -> Instances:
+    """The instances of some classes alone, numbered from 0 in the order of ``classes``."""
+    known = instances.get(field)
+    new = torch.full((max([*known.tolist(), *classes]) + 1,), -1)
+    new[list(classes)] = torch.arange(len(classes))
+    kept = instances[new[known] >= 0]
+    kept.set(field, new[kept.get(field)])
+    return kept
+
+
+def focal_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Focal loss (arXiv 1708.02002) of each number with its authors' alpha and gamma."""
+    return sigmoid_focal_loss(logits.float(), targets.float(), alpha=0.25, gamma=2.0)
+
+
+def average_precision(sample: Sample, teacher: Teacher) -> Tuple[float, float]:
+    """COCO's AP and AP50 of the teacher on the sample, in percent."""
+    truths = [renumbered(image["instances"], "gt_classes", range(len(sample.own))) for image in sample.images]
+    annotations = [a for i, x in enumerate(truths) for a in coco_entries(i, x.gt_boxes.tensor, x.gt_classes)]
+    found = [(i, x) for i, x in enumerate(sample.detections(teacher))]
+    results = [
+        {**entry, "score": float(score)}
+        for i, x in found
+        for entry, score in zip(coco_entries(i, x.pred_boxes.tensor, x.pred_classes), x.scores)
+    ]
+    if not results:  # pycocotools cannot read an empty list
+        return 0.0, 0.0
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO()
+        truth.dataset = {
+            "images": [{"id": i} for i in range(len(truths))],
+            "categories": [{"id": k} for k in range(len(sample.own))],
+            "annotations": [{**entry, "id": i, "iscrowd": 0} for i, entry in enumerate(annotations, 1)],
+        }
+        truth.createIndex()
+        evaluation = COCOeval(truth, truth.loadRes(results), "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return 100 * float(evaluation.stats[0]), 100 * float(evaluation.stats[1])
+
+
+def coco_entries(image_id: int, boxes: Tensor, classes: Tensor) -> List[Dict[str, Any]]:
+    """Boxes (M, 4) XYXY of one image in COCO's format."""
+    sizes = boxes[:, 2:] - boxes[:, :2]
+    return [
+        {"image_id": image_id, "category_id": k, "bbox": [*corner, *size], "area": size[0] * size[1]}
+        for k, corner, size in zip(classes.tolist(), boxes[:, :2].tolist(), sizes.tolist())
+    ]
