@@ -282,6 +282,7 @@ def test_what_would_be_dropped_silently_is_counted(what, tmp_path, caplog):
         check_coco(path, tmp_path / "images")
     (record,) = caplog.records
     assert record.getMessage().startswith(f"{path}: {message}")
+    assert record.getMessage().count("such as") == 1
     assert record.getMessage().endswith("; mend these entries or remove them")
 
 

@@ -316,7 +316,9 @@ def _check_ids(ids: List[Any], json_file: Union[str, Path], listed: str) -> None
     may_repeat = listed == "annotations" and "minival" in str(json_file)
     if len(set(ids)) < len(ids) and not may_repeat:
         repeated, count = Counter(ids).most_common(1)[0]
-        raise D2kdError(f"{json_file}: {count} entries of '{listed}' have the id {repeated!r}; give each its own")
+        raise D2kdError(
+            f"{json_file}: {count} entries of '{listed}' have the id {reprlib.repr(repeated)}; give each its own"
+        )
 
 
 def _check_unit(annotations: List[Dict[str, Any]], json_file: Union[str, Path]) -> None:
@@ -370,14 +372,15 @@ def _busy_images(annotations: List[Dict[str, Any]], defects: List[Defect]) -> Se
     is_out = np.zeros(len(annotations), dtype=bool)
     for defect in defects:
         is_out |= defect.mask & (defect.consequence == LEAVES_OUT)
-    return {x["image_id"] for x, is_left_out in zip(annotations, is_out) if not (is_left_out or x.get("iscrowd"))}
+    is_used = (~is_out).tolist()
+    return {x["image_id"] for x, trains in zip(annotations, is_used) if trains and not x.get("iscrowd")}
 
 
 def _odd_entries(content: Dict[str, Any]) -> Iterator[str]:
     names = Counter(image["file_name"] for image in content["images"])
     repeated = [name for name, count in names.items() if count > 1]
     if repeated:
-        yield f"file names of several images: {len(repeated)}, such as {repeated[0]!r}"
+        yield f"file names of several images: {len(repeated)}, such as {reprlib.repr(repeated[0])}"
     low = [annotation["id"] for annotation in content["annotations"] if annotation["id"] < 1]
     if low:
         yield f"annotation ids below 1: {len(low)}, such as {low[0]} (evaluation takes these objects for not found)"

@@ -1,6 +1,7 @@
 """Checks of image files: whether they are there, can be read and have the size that the annotations say."""
 
 import os
+import reprlib
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Set, Tuple, Union
 
@@ -33,7 +34,7 @@ def check_image_files(
         raise D2kdError(f"the image folder {image_root} of {json_file} does not exist; put the images there")
     missing = missing_files(image_root, [name for name, *_ in images])
     if missing:
-        first = ", ".join(map(repr, missing[:NAMES_TOLD]))
+        first = ", ".join(map(reprlib.repr, missing[:NAMES_TOLD]))
         raise D2kdError(
             f"{len(missing)} of {len(images)} images named in {json_file} are not in {image_root}, such as {first}; "
             "put the images there or give the folder that the file names are relative to"
