@@ -11,6 +11,7 @@ from typing import Any, Dict, NamedTuple, Sequence
 
 import pytest
 import torch
+from messages import rows_of
 from small import CONFIGS, batch, build, distill_config, save_teacher, step
 from torch import distributed
 from torch.multiprocessing import spawn
@@ -280,6 +281,7 @@ def test_a_process_that_dies_ends_all_with_one_sentence(start, tmp_path):
         "error: process 1 terminated with signal SIGKILL; the same command with --resume goes on from the last "
         "checkpoint"
     )
+    assert rows_of(last)
     assert "Traceback" not in errors
     assert checkpoints_in(str(tmp_path / "run"))
 
@@ -292,6 +294,7 @@ def test_processes_that_hang_are_killed_after_sigterm(monkeypatch):
     child = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
     child.start()
     os.kill(child.pid, signal.SIGSTOP)
+    os.waitpid(child.pid, os.WUNTRACED)  # until it is stopped
     with module._sigterm_for_children():
         os.kill(os.getpid(), signal.SIGTERM)
         child.join(30)

@@ -309,7 +309,7 @@ def test_empty_regions_have_no_loss_and_others_do_not_mind() -> None:
 
 def test_mean_over_workers_is_that_of_one_worker_with_all_images(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two workers with 1 and 3 places: each divides by 2, so that their mean is the mean over 4."""
-    monkeypatch.setattr(fitnet_module.comm, "get_world_size", lambda: 2)
+    monkeypatch.setattr("detectron2.utils.comm.get_world_size", lambda: 2)
     errors = [torch.tensor([[[2.0, 4.0, 6.0, 8.0]]])]
     regions = [[torch.tensor([[[True, False, False, False]]])], [torch.tensor([[[False, True, True, True]]])]]
     for average in (2.0, 0.5):
