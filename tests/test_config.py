@@ -17,6 +17,7 @@ from d2kd import add_distill_config
 from d2kd.config import find_config, load_config
 from d2kd.engine import Trainer
 from d2kd.engine.lazy_run import check_override
+from d2kd.engine.run_folder import flatten
 from d2kd.errors import D2kdError
 from d2kd.methods import method_defaults, method_names
 
@@ -170,6 +171,16 @@ def test_options_of_methods_are_config_keys():
     for name in method_names():
         node = cfg.MODEL.DISTILL[name.upper()]
         assert {key.lower(): value for key, value in node.items()} == method_defaults(name)
+
+
+def test_every_misspelt_key_of_ours_offers_the_right_one():
+    config = str(CONFIGS / "crosskd_retinanet_R18.yaml")
+    keys = flatten(load_config(config).MODEL.DISTILL, "MODEL.DISTILL")
+    assert len(keys) > 50
+    for key in keys:
+        with pytest.raises(D2kdError) as error:
+            load_config(config, [key[:-1], "1"])
+        assert f"did you mean {key}?" in str(error.value)
 
 
 @pytest.mark.parametrize(
