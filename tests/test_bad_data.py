@@ -659,8 +659,8 @@ for split, own in {cells.names!r}.items():
     register_coco(own, f"{cells.folder}/instances_{{split}}.json", "{cells.folder}/images")
 sys.exit(main(sys.argv[1:]))
 """
-    opts = ["--config-file", PLAIN, "SEED", "1", "DATASETS.TRAIN", f"('{cells.names['train']}',)", "DATASETS.TEST", "()"]
-    opts += ["SOLVER.IMS_PER_BATCH", "2", "DATALOADER.NUM_WORKERS", "2", "OUTPUT_DIR", str(cells.output)]
+    opts = ["--config-file", PLAIN, "DATASETS.TRAIN", f"('{cells.names['train']}',)", "DATASETS.TEST", "()"]
+    opts += ["SEED", "1", "SOLVER.IMS_PER_BATCH", "2", "DATALOADER.NUM_WORKERS", "2", "OUTPUT_DIR", str(cells.output)]
     done = subprocess.run([sys.executable, "-c", code, *opts], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].startswith("error: the image ")
