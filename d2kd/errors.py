@@ -1,6 +1,7 @@
 """The exceptions that end a run with one sentence, and what their messages are made of."""
 
 import re
+import sys
 import traceback
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -8,6 +9,9 @@ from pathlib import Path
 from typing import Callable, Iterable, Iterator
 
 import torch
+
+#: Exit status of a command after a user's mistake.
+EXIT_MISTAKE = 2
 
 # How torch's DataLoader and torch.multiprocessing begin such texts.
 _FROM_ANOTHER_PROCESS = re.compile(r"\s*(Caught \w+ in |-- Process \d+ )")
@@ -42,6 +46,16 @@ def check_choice(what: str, value: str, known: Iterable[str]) -> None:
     choices = list(known)
     if value not in choices:
         raise D2kdError(f"{what} is {value!r}; use one of {', '.join(choices)}{nearest(value, choices)}")
+
+
+def exit_status(run: Callable[[], object]) -> int:
+    """Runs what a command does; returns its exit status: 0, or 2 after a mistake, which is told in one sentence."""
+    try:
+        run()
+    except D2kdError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_MISTAKE
+    return 0
 
 
 @contextmanager

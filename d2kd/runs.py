@@ -14,7 +14,7 @@ import torch
 from tabulate import tabulate
 
 from .data import dataset_root, write_blood_cells
-from .errors import D2kdError
+from .errors import D2kdError, exit_status
 from .pictures import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -227,6 +227,15 @@ def prepare_data(data: str, bccd: str) -> None:
         script = ROOT / "datasets" / "prepare_bccd.py"
         if subprocess.run([sys.executable, script, bccd, "--output", folder]).returncode:
             raise D2kdError(f"{bccd} could not be prepared")
+
+
+def resumable(run: Callable[[], object]) -> int:
+    """As :func:`exit_status`; after Ctrl-C it says how to go on, with status 130."""
+    try:
+        return exit_status(run)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command continues", file=sys.stderr)
+        return 130
 
 
 def spread(values: List[float], digits: int = 1) -> str:

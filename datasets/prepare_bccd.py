@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
 from d2kd.data import CLASS_NAMES, check_coco, dataset_root, read_coco, write_coco
-from d2kd.errors import D2kdError
+from d2kd.errors import D2kdError, exit_status
 
 SPLITS = ("train", "val", "test")
 
@@ -212,14 +212,12 @@ def main(arguments: Optional[List[str]] = None) -> int:
     )
     parser.add_argument("--link", action="store_true", help="link the images instead of copying them")
     options = parser.parse_args(arguments)
-    try:
-        contents, dropped = prepare(options.source, options.output, options.link)
-    except D2kdError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(summary(contents, dropped))
-    print(f"\nwritten to {options.output}; next: make demo DATA=bccd")
-    return 0
+
+    def run() -> None:
+        print(summary(*prepare(options.source, options.output, options.link)))
+        print(f"\nwritten to {options.output}; next: make demo DATA=bccd")
+
+    return exit_status(run)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from tabulate import tabulate
 from d2kd.config import load_config
 from d2kd.dense import DenseOutputs, make_targets, run_dense
 from d2kd.distill import Teacher
-from d2kd.errors import D2kdError
+from d2kd.errors import exit_status
 from d2kd.methods import CrossKD, build_method
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "crosskd_retinanet_R18.yaml"
@@ -187,17 +187,17 @@ def main() -> int:
     parser.add_argument("--json", metavar="FILE", help="also write the numbers there")
     parser.add_argument("opts", nargs="*", default=[], help="config overrides KEY VALUE ..., after --")
     args = parser.parse_args()
-    try:
-        with EventStorage():
-            result = Benchmark(args).run()
-    except D2kdError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_status(lambda: benchmark(args))
+
+
+def benchmark(args: argparse.Namespace) -> None:
+    """Times the parts, prints them and writes them down."""
+    with EventStorage():
+        result = Benchmark(args).run()
     rows = [[name, f"{value:.2f}" if name == "ratio" else f"{value:.0f}"] for name, value in result.items()]
     print(tabulate(rows, headers=["part", "ms (median)"], tablefmt="github", disable_numparse=True))
     if args.json:
         Path(args.json).write_text(json.dumps({"settings": vars(args), "result": result}, indent=1) + "\n")
-    return 0
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any, Dict, List
 
-from d2kd.errors import D2kdError, check_choice
-from d2kd.runs import Run, prepare_data, run_all, table
+from d2kd.errors import check_choice
+from d2kd.runs import Run, prepare_data, resumable, run_all, table
 
 DISTILL = "MODEL.DISTILL."
 # What stands in the table, and its config keys under MODEL.DISTILL. Weights are those published for the detector, where
@@ -90,15 +90,8 @@ def main() -> int:
     parser.add_argument("--iterations", type=int, default=200, help="of every run (default 200)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default 1)")
     parser.add_argument("--output", help="folder of the results (default output/compare_<data>_<detector>)")
-    try:
-        compare(parser.parse_args())
-    except D2kdError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped; the same command continues", file=sys.stderr)
-        return 130
-    return 0
+    args = parser.parse_args()
+    return resumable(lambda: compare(args))
 
 
 if __name__ == "__main__":

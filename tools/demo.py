@@ -12,9 +12,8 @@ from statistics import mean
 from typing import List
 
 from d2kd.data import dataset_root
-from d2kd.errors import D2kdError
 from d2kd.pictures import draw_curves, draw_grid
-from d2kd.runs import Run, prepare_data, run_all, table
+from d2kd.runs import Run, prepare_data, resumable, run_all, table
 
 LABELS = {
     "teacher": "teacher",
@@ -90,15 +89,8 @@ def main() -> int:
     parser.add_argument("--iterations", type=int, default=200, help="of every run (default 200)")
     parser.add_argument("--same-time", action="store_true", help="also a plain student with CrossKD's wall time")
     parser.add_argument("--output", help="folder of the results (default output/demo_<data>)")
-    try:
-        demo(parser.parse_args())
-    except D2kdError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped; the same command continues", file=sys.stderr)
-        return 130
-    return 0
+    args = parser.parse_args()
+    return resumable(lambda: demo(args))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import torch
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from tabulate import tabulate
 
-from d2kd.errors import D2kdError
+from d2kd.errors import D2kdError, exit_status
 from d2kd.export import (
     Exportable,
     check_agreement,
@@ -130,12 +130,8 @@ def main() -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--seconds", type=float, default=3.0, help="to time each model for, at least (default 3)")
     parser.add_argument("opts", nargs="*", default=[], help="overrides of the config in its own style, after --")
-    try:
-        run(parser.parse_args())
-    except D2kdError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    args = parser.parse_args()
+    return exit_status(lambda: run(args))
 
 
 if __name__ == "__main__":

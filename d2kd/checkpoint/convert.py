@@ -8,7 +8,7 @@ from typing import Any, Dict, List, Mapping, Optional, Tuple
 
 from torch import Tensor
 
-from ..errors import D2kdError
+from ..errors import D2kdError, exit_status
 from . import files
 from .mmdet import convert_mmdet, is_mmdet, mmdet_detector, mmdet_names
 from .names import BOTTOM_UP, plain_state, raw_state
@@ -104,12 +104,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     parser.add_argument("--octaves", type=int, default=3, help="its anchor sizes per level (default 3)")
     parser.add_argument("--force", action="store_true", help="overwrite OUT")
     args = parser.parse_args(argv)
-    try:
-        print(convert_file(args.source, args.target, args.ratios, args.octaves, args.force))
-    except D2kdError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(lambda: print(convert_file(args.source, args.target, args.ratios, args.octaves, args.force)))
 
 
 if __name__ == "__main__":

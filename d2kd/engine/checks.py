@@ -11,6 +11,7 @@ from urllib.parse import urlparse
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils import comm
 
 from ..data.check import CocoFile, check_files, examine_coco
 from ..errors import D2kdError, nearest
@@ -19,6 +20,8 @@ from .run_folder import flatten
 
 def check_datasets(names: Iterable[str], num_classes: int, key: str, evaluated: Collection[str] = ()) -> None:
     """Checks that data sets are registered, complete, fit the number of classes and agree in their order.
+
+    The main process does; others rely on it.
 
     Args:
         names: as in DATASETS.TRAIN and DATASETS.TEST.
@@ -29,6 +32,8 @@ def check_datasets(names: Iterable[str], num_classes: int, key: str, evaluated: 
     Raises:
         D2kdError: names the data set and the mend.
     """
+    if not comm.is_main_process():
+        return  # another process has looked, and large files take seconds
     files = []
     for name in dict.fromkeys(names):
         if name not in DatasetCatalog:
@@ -50,7 +55,9 @@ def check_datasets(names: Iterable[str], num_classes: int, key: str, evaluated: 
 
 
 def tell_datasets(names: Iterable[str]) -> None:
-    """Logs what is odd about data sets, once there is a log to write to."""
+    """Logs what is odd about data sets, once there is a log to write to; the main process does."""
+    if not comm.is_main_process():
+        return
     for name in dict.fromkeys(names):
         found = _examined(name)
         if found is not None:

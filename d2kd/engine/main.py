@@ -20,14 +20,13 @@ from detectron2.utils.logger import setup_logger
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
 from .. import inspection
-from ..errors import D2kdError, told_in_one_sentence
+from ..errors import EXIT_MISTAKE, D2kdError, told_in_one_sentence
 from . import lazy_run, yaml_run
 from .checks import check_address, check_num_gpus
 from .run_folder import ALLOW, RunFolder
 from .run_hooks import EXIT_PREEMPTED, Preempted
 
 EXIT_DIED = 1
-EXIT_MISTAKE = 2
 # Key of the name of the current attempt in torchrun's store.
 ATTEMPT = "d2kd_attempt"
 # Seconds in which processes have to save themselves after SIGTERM.
