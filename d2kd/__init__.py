@@ -21,7 +21,8 @@ except ImportError as error:
 from . import modeling
 from .config import add_distill_config
 from .data import dataset_root, register_builtin
-from .distill import DistillMetaArch, DistillRetinaNet, load_teacher
+from .meta_arch import DistillMetaArch, DistillRetinaNet
+from .teacher import load_teacher
 
 register_builtin(dataset_root())
 

@@ -5,163 +5,19 @@ A dense detector has ``backbone``, ``head`` (with the two towers ``cls_subnet`` 
 ``anchor_generator``, ``num_classes``, ``label_anchors`` and ``losses``, as detectron2's RetinaNet and FCOS have.
 """
 
-import copy
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
-from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector, permute_to_N_HWA_K
 from detectron2.structures import Boxes, ImageList, Instances
-from detectron2.utils import comm
-from torch import Tensor, nn
+from torch import Tensor
 
-from .errors import D2kdError, nearest
-
-TOWERS = ("cls_subnet", "bbox_subnet")
-
-
-class Cut(NamedTuple):
-    """A place at which both towers of a head are cut.
-
-    Attributes:
-        convs: how many convolutions lie before the cut; 0 is the FPN feature itself.
-        pre_activation: the value before the activation that follows the last of them, instead of after.
-    """
-
-    convs: int
-    pre_activation: bool = False
-
-
-def split_tower(tower: nn.Sequential, cut: Cut) -> Tuple[int, int]:
-    """Finds where a cut lies in a tower.
-
-    Args:
-        tower: convolutions, each followed by its norm and activation, if any.
-        cut: the place.
-
-    Returns:
-        ``(end, rest)``: the tapped value is the output of ``tower[:end]``, what follows the cut is ``tower[rest:]``.
-        Between the two lie the activations that ``cut.pre_activation`` leaves out.
-
-    Raises:
-        D2kdError: the tower has fewer convolutions.
-    """
-    convs = [i for i, layer in enumerate(tower) if isinstance(layer, nn.Conv2d)]
-    if not 0 <= cut.convs <= len(convs):
-        raise D2kdError(f"cut {cut.convs} lies outside a tower of {len(convs)} convolutions; use 0 to {len(convs)}")
-    rest = [0, *convs[1:], len(tower)][cut.convs]
-    end = rest
-    while cut.pre_activation and end and isinstance(tower[end - 1], nn.ReLU):
-        end -= 1
-    return end, rest
-
-
-Features = List[Tensor]  # one (N, C, Hi, Wi) per level, high to low resolution
-
-
-@contextmanager
-def tap_towers(head: nn.Module, cuts: Sequence[Cut]) -> Iterator[Dict[Cut, Tuple[Features, Features]]]:
-    """Collects tower features while the head runs.
-
-    Args:
-        head: a dense head; it runs each tower once per level, and each run appends one entry.
-        cuts: where to tap. Cut 0 needs no hook and must not be asked for here.
-
-    Yields:
-        For each cut the features of the class and of the box tower, filled when the head runs. The hooks are gone
-        after the ``with`` block.
-    """
-    taps: Dict[Cut, Tuple[Features, Features]] = {cut: ([], []) for cut in cuts}
-    with ExitStack() as hooks:
-        for cut, per_tower in taps.items():
-            for name, found in zip(TOWERS, per_tower):
-                tower = getattr(head, name)
-                layer = tower[split_tower(tower, cut)[0] - 1]
-                hooks.enter_context(
-                    layer.register_forward_hook(lambda _module, _inputs, output, found=found: found.append(output))
-                )
-        yield taps
-
-
-@contextmanager
-def tap_modules(detector: nn.Module, paths: Sequence[str]) -> Iterator[List[Features]]:
-    """Collects what modules give while a detector runs.
-
-    Args:
-        detector: student or teacher.
-        paths: of modules, such as "backbone.bottom_up.res4".
-
-    Yields:
-        For each path the feature maps (N, C, H, W) that its module gave, in order: one per call, or several where it
-        gives a list or dict of them.
-
-    Raises:
-        D2kdError: there is no such module; names the nearest.
-    """
-    taps: List[Features] = [[] for _ in paths]
-    with ExitStack() as hooks:
-        for path, found in zip(paths, taps):
-            module = find_module(detector, path)
-            hooks.enter_context(
-                module.register_forward_hook(lambda _module, _inputs, output, found=found: found.extend(_maps(output)))
-            )
-        yield taps
-
-
-def find_module(detector: nn.Module, path: str) -> nn.Module:
-    """The module of a path; raises D2kdError with the nearest paths if there is none."""
-    modules = dict(detector.named_modules())
-    if not path or path not in modules:
-        names = [name for name in modules if name]
-        raise D2kdError(f"{type(detector).__name__} has no module {path!r}{nearest(path, names)}")
-    return modules[path]
-
-
-def _maps(output: Any) -> Iterator[Tensor]:
-    if isinstance(output, Tensor):
-        if output.dim() == 4:
-            yield output
-    elif isinstance(output, (list, tuple, dict)):
-        for part in output.values() if isinstance(output, dict) else output:
-            yield from _maps(part)
-
-
-class _Replay(nn.Module):
-    """Stands in front of a cut tower: ignores its input and gives the next level's stored feature."""
-
-    def __init__(self, features: Features) -> None:
-        super().__init__()
-        self._features = iter(features)
-
-    def forward(self, _: Tensor) -> Tensor:
-        return next(self._features)
-
-
-def cross_head(head: nn.Module, cut: Cut, cls_features: Features, box_features: Features) -> Tuple[Features, ...]:
-    """Runs the rest of a head, behind a cut, on someone else's tower features.
-
-    The head's own ``forward`` runs, on a shallow copy whose towers start behind the cut, so that whatever else a head
-    has (centerness, per-level scales, norms) comes for free. Both inputs are expected *after* the activation, also
-    where ``cut.pre_activation`` holds. All levels run in order, as counting norms (``CycleBatchNormList``) need.
-
-    Args:
-        head: reads a level's feature through ``cls_subnet`` and ``bbox_subnet`` only.
-        cut: where the towers are entered.
-        cls_features: what enters the class tower, per level (N, C, Hi, Wi).
-        box_features: what enters the box tower, likewise.
-
-    Returns:
-        What ``head.forward`` returns. Gradients reach the features, and the head's parameters where these require any.
-    """
-    crossed = copy.copy(head)
-    crossed._modules = dict(head._modules)  # otherwise the real head would be cut
-    for name, features in zip(TOWERS, (cls_features, box_features)):
-        tower = getattr(head, name)
-        setattr(crossed, name, nn.Sequential(_Replay(features), *tower[split_tower(tower, cut)[1] :]))
-    return tuple(crossed(cls_features))
+from .contract import level_strides
+from .heads import Cut, Features, tap_modules, tap_towers
+from .modeling.boxes import decode_boxes
+from .workers import mean_over_workers
 
 
 @dataclass
@@ -250,32 +106,6 @@ class DenseOutputs:
         return decoded.view(*predictions.shape[:2], 4)
 
 
-def decode_boxes(transform: Any, deltas: Tensor, anchors: Tensor) -> Tensor:
-    """Applies box deltas to anchors.
-
-    Log-scale deltas are clamped on both sides, where detectron2 clamps from above only: so the published methods'
-    box coder does it, and a box that shrinks below 1/62 of its anchor would otherwise lose its area in float32.
-
-    Args:
-        transform: detectron2's box coder of the detector.
-        deltas: (M*R, D), M images one after the other.
-        anchors: (R, 4).
-
-    Returns:
-        (M*R, 4) XYXY boxes in pixels.
-    """
-    if isinstance(transform, Box2BoxTransform):
-        deltas = clamp_log_sizes(deltas, transform.weights, transform.scale_clamp)
-    return transform.apply_deltas(deltas, anchors.repeat(len(deltas) // max(len(anchors), 1), 1))
-
-
-def clamp_log_sizes(deltas: Tensor, weights: Tuple[float, float, float, float], scale_clamp: float) -> Tensor:
-    """Clamps the log-scale deltas of a ``Box2BoxTransform`` from below as it does from above, (..., 4)."""
-    widths = deltas[..., 2:3].clamp(min=-weights[2] * scale_clamp)
-    heights = deltas[..., 3:].clamp(min=-weights[3] * scale_clamp)
-    return torch.cat([deltas[..., :2], widths, heights], dim=-1)
-
-
 def preprocess(detector: DenseDetector, batched_inputs: List[Dict[str, Any]], flip_channels: bool = False) -> ImageList:
     """Normalises, pads and batches raw images with the detector's own pixel statistics and size divisibility.
 
@@ -362,55 +192,3 @@ def anchors_inside(outputs: DenseOutputs, images: ImageList) -> Tensor:
         grid = (rows[:, :, None] & columns[:, None, :]).flatten(1)  # (N, Hi*Wi)
         inside.append(grid.repeat_interleave(len(anchors) // grid.shape[1], dim=1))
     return torch.cat(inside, dim=1).to(outputs.features[0].device, non_blocking=True)
-
-
-def level_strides(detector: DenseDetector) -> List[int]:
-    """Strides in pixels of the levels that the head reads, high to low resolution."""
-    shapes = detector.backbone.output_shape()
-    return [shapes[name].stride for name in detector.head_in_features]
-
-
-def level_channels(detector: DenseDetector) -> List[int]:
-    """Channels of the levels that the head reads, high to low resolution."""
-    shapes = detector.backbone.output_shape()
-    return [shapes[name].channels for name in detector.head_in_features]
-
-
-def mean_over_workers(value: Tensor) -> Tensor:
-    """Averages a number without gradient over all workers."""
-    if comm.get_world_size() > 1:
-        value = value.clone()
-        torch.distributed.all_reduce(value)
-        value /= comm.get_world_size()
-    return value
-
-
-def at_least_one(mean: Tensor) -> Tensor:
-    """Clamps a number that was averaged over workers so that its sum over them is at least 1, as for one worker."""
-    return mean.clamp(min=1 / comm.get_world_size())
-
-
-def check_contract(detector: nn.Module, with_head: bool = True, with_losses: bool = True) -> None:
-    """Checks that a detector has the parts that this package reads; detectron2's RetinaNet and FCOS have them.
-
-    Args:
-        detector: student or teacher.
-        with_head: methods compare predictions or tower features.
-        with_losses: it trains, as a student does.
-
-    Raises:
-        D2kdError: names what is missing.
-    """
-    kind = type(detector).__name__
-    needed = ["backbone", "head", "head_in_features", "num_classes", "anchor_generator", "box2box_transform"]
-    needed += ["label_anchors", "losses"] if with_losses else []
-    missing = [name for name in needed if not hasattr(detector, name)]
-    if missing:
-        raise D2kdError(f"{kind} has no {', '.join(missing)}; give it these as detectron2's RetinaNet has them")
-    missing = [name for name in TOWERS if not isinstance(getattr(detector.head, name, None), nn.Sequential)]
-    if with_head and missing:
-        raise D2kdError(
-            f"{kind}'s head, {type(detector.head).__name__}, has no nn.Sequential {' and '.join(missing)}; keep its "
-            "towers in cls_subnet and bbox_subnet as detectron2's RetinaNetHead does, or use methods that read "
-            "features only"
-        )

@@ -11,8 +11,9 @@ from detectron2.structures import Boxes, ImageList
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
-from .data.check import read_classes
-from .dense import DenseOutputs, level_channels, level_strides, run_dense
+from .contract import level_channels, level_strides
+from .data.coco import read_classes
+from .dense import DenseOutputs, run_dense
 from .errors import D2kdError, check_choice, nearest
 
 INHERITABLE = ("neck", "head")

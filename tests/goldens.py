@@ -19,10 +19,11 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
 from d2kd.checkpoint import convert_mmdet
-from d2kd.distill import DistillATSS, DistillFCOS, DistillGFL, DistillMetaArch, DistillRetinaNet, Teacher
+from d2kd.meta_arch import DistillATSS, DistillFCOS, DistillGFL, DistillMetaArch, DistillRetinaNet
 from d2kd.methods import PKD, CrossKD
 from d2kd.modeling import ATSS, FCOS, GFL, ATSSHead, FCOSHead, GFLHead
 from d2kd.modeling.backbone import BLOCKS_OF_DEPTH, ExtraLevels, make_resnet
+from d2kd.teacher import Teacher
 
 GOLDENS = Path(os.environ["D2KD_GOLDENS"])
 LEVELS = ("p3", "p4", "p5", "p6", "p7")

@@ -11,11 +11,11 @@ from small import CONFIGS, batch, build, distill_config, gradients, save_teacher
 from torch import nn
 
 from d2kd.engine import main
+from d2kd.engine.hooks import FiniteLosses
 from d2kd.engine.precision import Autocast, amp_trainer
-from d2kd.engine.run_hooks import FiniteLosses
 from d2kd.errors import D2kdError
+from d2kd.experiments.pictures import read_metrics
 from d2kd.methods import method_names
-from d2kd.pictures import read_metrics
 
 QUICK = str(CONFIGS / "quick_crosskd_retinanet.yaml")
 LAZY = str(CONFIGS / "lazy" / "quick_crosskd_retinanet.py")

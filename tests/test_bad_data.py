@@ -18,14 +18,15 @@ from PIL import Image
 from small import CONFIGS
 
 from d2kd.checkpoint import files
-from d2kd.data import check, check_coco, images, register_coco
+from d2kd.data import check_coco, images, register_coco
+from d2kd.data import coco as check
+from d2kd.data.bad_images import EvaluationMapper
+from d2kd.data.loader import build_train_loader
+from d2kd.diagnose.preflight import draw
 from d2kd.engine import main
-from d2kd.engine.bad_images import EvaluationMapper
 from d2kd.engine.checks import check_datasets, tell_datasets
-from d2kd.engine.loader import build_train_loader
-from d2kd.engine.preflight import draw
 from d2kd.errors import D2kdError
-from d2kd.pictures import read_metrics
+from d2kd.experiments.pictures import read_metrics
 
 ROOT = CONFIGS.parent
 PLAIN = str(CONFIGS / "quick_retinanet.yaml")

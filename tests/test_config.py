@@ -13,8 +13,7 @@ from omegaconf import ListConfig
 from small import CONFIGS, save_teacher
 from torch.overrides import TorchFunctionMode
 
-from d2kd import add_distill_config
-from d2kd.config import find_config, load_config
+from d2kd.config import add_distill_config, find_config, load_config
 from d2kd.engine import Trainer
 from d2kd.engine.lazy_run import check_override
 from d2kd.engine.run_folder import flatten
@@ -38,9 +37,9 @@ class _SkipInit(TorchFunctionMode):
 @pytest.fixture
 def untrained(monkeypatch):
     """Builds models at full size, without weights of teachers and without initialisation."""
-    from d2kd import distill
+    from d2kd import teacher
 
-    monkeypatch.setattr(distill, "load_strict", lambda *_: None)
+    monkeypatch.setattr(teacher, "load_strict", lambda *_: None)
     with _SkipInit():
         yield
 
@@ -228,7 +227,7 @@ def test_configs_are_found_beside_the_config_and_in_the_zoo(tmp_path, monkeypatc
 
 def test_zoo_teacher_config_builds_and_loads(tmp_path):
     """A teacher by its model-zoo name, whose file has the zoo's keys."""
-    from d2kd.distill import load_teacher
+    from d2kd.teacher import load_teacher
 
     name = "COCO-Detection/retinanet_R_50_FPN_1x.yaml"
     cfg = load_config(name, ["MODEL.DEVICE", "cpu"])
@@ -256,7 +255,7 @@ def test_mistakes_in_lazy_overrides(override, message):
 
 
 def test_teacher_from_a_lazy_config(tmp_path):
-    from d2kd.distill import load_teacher
+    from d2kd.teacher import load_teacher
 
     file = save_teacher(tmp_path / "teacher.pth")
     overrides = [f"model.teacher.weights={file}", "model.methods=[]"]

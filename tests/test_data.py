@@ -13,15 +13,8 @@ import pytest
 from detectron2.data import DatasetCatalog
 from PIL import Image
 
-from d2kd.data import (
-    CLASS_NAMES,
-    check_coco,
-    dataset_root,
-    register_builtin,
-    register_coco,
-    synthetic,
-    write_blood_cells,
-)
+from d2kd.data import CLASS_NAMES, check_coco, dataset_root, register_builtin, register_coco, write_blood_cells
+from d2kd.data import blood_cells as drawing
 from d2kd.errors import D2kdError
 
 NUM_IMAGES = 12
@@ -78,9 +71,9 @@ def test_annotations_are_complete_and_valid(smears: Path) -> None:
 
 def test_boxes_fit_the_drawn_cells() -> None:
     """A single opaque cell on a flat, noiseless canvas changes exactly the pixels of its box, give or take the edge."""
-    cell = synthetic.Cell(synthetic.WBC, 60.0, 50.0, (24.0, 18.0), 0.4, ((2, 0.05, 1.0), (3, 0.03, 2.0)))
+    cell = drawing.Cell(drawing.WBC, 60.0, 50.0, (24.0, 18.0), 0.4, ((2, 0.05, 1.0), (3, 0.03, 2.0)))
     canvas = np.zeros((128, 170, 3))
-    synthetic._draw_cell(np.random.default_rng(0), canvas, cell)
+    drawing._draw_cell(np.random.default_rng(0), canvas, cell)
     rows, columns = np.nonzero(canvas.any(axis=2))
     drawn = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
     # The soft edge is at most 3 pixels wide, half of it outside.
@@ -89,13 +82,13 @@ def test_boxes_fit_the_drawn_cells() -> None:
 
 def test_hidden_cells_are_not_labelled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of two cells at the same place, only the upper one is labelled; a third one elsewhere is labelled too."""
-    below = synthetic.Cell(synthetic.RBC, 60.0, 50.0, (10.0, 10.0), 0.0, ((2, 0.0, 0.0),))
-    above = synthetic.Cell(synthetic.WBC, 60.0, 50.0, (20.0, 20.0), 0.0, ((2, 0.0, 0.0),))
-    beside = synthetic.Cell(synthetic.RBC, 160.0, 50.0, (20.0, 20.0), 0.0, ((2, 0.0, 0.0),))
-    monkeypatch.setattr(synthetic, "_place_cells", lambda *_: [below, beside, above])
-    pixels, boxes = synthetic.draw_smear(np.random.default_rng(0), (128, 170))
+    below = drawing.Cell(drawing.RBC, 60.0, 50.0, (10.0, 10.0), 0.0, ((2, 0.0, 0.0),))
+    above = drawing.Cell(drawing.WBC, 60.0, 50.0, (20.0, 20.0), 0.0, ((2, 0.0, 0.0),))
+    beside = drawing.Cell(drawing.RBC, 160.0, 50.0, (20.0, 20.0), 0.0, ((2, 0.0, 0.0),))
+    monkeypatch.setattr(drawing, "_place_cells", lambda *_: [below, beside, above])
+    pixels, boxes = drawing.draw_smear(np.random.default_rng(0), (128, 170))
     assert pixels.shape == (128, 170, 3)
-    assert [category for category, _ in boxes] == [synthetic.RBC, synthetic.WBC]
+    assert [category for category, _ in boxes] == [drawing.RBC, drawing.WBC]
     np.testing.assert_allclose(boxes[0][1], [140, 30, 170, 70], atol=0.1)
 
 
@@ -111,7 +104,7 @@ def test_cells_grow_with_the_image(tmp_path: Path) -> None:
 
 
 def test_interrupted_write_is_not_taken_for_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    draw, drawn = synthetic.draw_smear, []
+    draw, drawn = drawing.draw_smear, []
 
     def interrupt(*arguments: Any) -> Any:
         drawn.append(1)
@@ -121,7 +114,7 @@ def test_interrupted_write_is_not_taken_for_complete(tmp_path: Path, monkeypatch
 
     write_blood_cells(tmp_path, "train", 2, seed=0)
     with monkeypatch.context() as patch:
-        patch.setattr(synthetic, "draw_smear", interrupt)
+        patch.setattr(drawing, "draw_smear", interrupt)
         with pytest.raises(KeyboardInterrupt):
             write_blood_cells(tmp_path, "train", 4, seed=1)
     assert not (tmp_path / "instances_train.json").exists()
@@ -143,8 +136,8 @@ def test_annotation_file_appears_only_when_complete(tmp_path: Path, monkeypatch:
 
 
 def test_reuse_needs_same_parameters_and_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    draw, drawn = synthetic.draw_smear, []
-    monkeypatch.setattr(synthetic, "draw_smear", lambda *arguments: drawn.append(1) or draw(*arguments))
+    draw, drawn = drawing.draw_smear, []
+    monkeypatch.setattr(drawing, "draw_smear", lambda *arguments: drawn.append(1) or draw(*arguments))
     write_blood_cells(tmp_path, "train", 2, seed=0)
     write_blood_cells(tmp_path, "train", 2, seed=0)
     assert len(drawn) == 2

@@ -9,8 +9,9 @@ from detectron2.structures import Boxes, ImageList
 from small import batch, build, small_config
 from torch import nn
 
-from d2kd.dense import Cut, DenseOutputs, anchors_inside, cross_head, make_targets, run_dense, split_tower, tap_towers
+from d2kd.dense import DenseOutputs, anchors_inside, make_targets, run_dense
 from d2kd.errors import D2kdError
+from d2kd.heads import Cut, cross_head, split_tower, tap_towers
 
 NUM_CONVS = 4
 CONV_NORM_RELU = nn.Sequential(

@@ -14,7 +14,7 @@ from detectron2.utils.events import EventStorage
 from small import batch, build, gradients, small_config, step
 from torch import Tensor, nn
 
-from d2kd.dense import check_contract
+from d2kd.contract import check_contract
 from d2kd.errors import D2kdError
 from d2kd.modeling import ExtraLevels, make_fpn, make_resnet
 

@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from d2kd.checkpoint import files
+from d2kd.checkpoint.run_checkpoints import checkpoints_in
 from d2kd.engine import main
-from d2kd.engine.checkpointing import checkpoints_in
 from d2kd.engine.precision import Autocast
 from d2kd.engine.trainer import wrap_ddp
 from d2kd.methods import method_defaults, method_names

@@ -14,12 +14,14 @@ from goldens import Golden, Maps, cases, close
 from small import batch, build, gradients, small_config, step
 from torch import Tensor, nn
 
-from d2kd.dense import Cut, cross_head, run_dense
-from d2kd.distill import DistillMetaArch, Teacher
+from d2kd.dense import run_dense
 from d2kd.errors import D2kdError
+from d2kd.heads import Cut, cross_head
+from d2kd.meta_arch import DistillMetaArch
 from d2kd.methods import PKD, CrossKD, Method
 from d2kd.modeling.config import add_detector_config
 from d2kd.modeling.fcos import FCOS, FCOSHead
+from d2kd.teacher import Teacher
 
 LOSS, GRADIENT = 1e-5, 1e-3
 STRIDES = (8, 16, 32, 64, 128)

@@ -18,12 +18,14 @@ from small import batch, gradients, step
 from torch import Tensor, nn
 
 from d2kd.config import add_distill_config
-from d2kd.dense import Cut, DenseOutputs, cross_head, decode_boxes, make_targets, run_dense
+from d2kd.dense import DenseOutputs, make_targets, run_dense
 from d2kd.errors import D2kdError
+from d2kd.heads import Cut, cross_head
 from d2kd.losses import centerness_targets, distribution_focal_loss, quality_focal_loss
 from d2kd.modeling.anchor_points import AnchorPointDetector
 from d2kd.modeling.atss import ATSS, ATSSHead
 from d2kd.modeling.atss_assign import assign_atss
+from d2kd.modeling.boxes import decode_boxes
 from d2kd.modeling.coders import ClampedBoxTransform, IntegralBoxTransform, LinearBoxTransform
 from d2kd.modeling.config import add_detector_config
 from d2kd.modeling.gfl import GFL, GFLHead

@@ -5,12 +5,12 @@ import torch
 from detectron2.utils.events import EventStorage
 from small import batch, build, distill_config, gradients, save_teacher, step
 
-from d2kd.dense import tap_modules
-from d2kd.distill import load_teacher
 from d2kd.errors import D2kdError
+from d2kd.heads import tap_modules
 from d2kd.methods import PKD, Schedule
 from d2kd.methods.base import channel_statistics
 from d2kd.pairing import match_classes, module_pairs
+from d2kd.teacher import load_teacher
 
 WIDER_STEM = ("MODEL.RESNETS.STEM_OUT_CHANNELS", "8")
 GFL = ("MODEL.META_ARCHITECTURE", "GFL")
@@ -160,10 +160,10 @@ def test_class_losses_see_shared_classes_only(tmp_path, detector, method):
 )
 @pytest.mark.parametrize("method", ["CrossKD", "ResponseKD"])
 def test_subset_superset_and_disjoint_classes(tmp_path, monkeypatch, student, teacher, class_map, method):
-    monkeypatch.setattr("d2kd.distill.class_names", lambda cfg: [])
+    monkeypatch.setattr("d2kd.meta_arch.class_names", lambda cfg: [])
     if class_map == "('*',)":
         names = iter([["a", "b", "c"], ["d", "e", "f"]])
-        monkeypatch.setattr("d2kd.distill.class_names", lambda cfg: next(names))
+        monkeypatch.setattr("d2kd.meta_arch.class_names", lambda cfg: next(names))
     teacher_opts = ["MODEL.RETINANET.NUM_CLASSES", teacher]
     file = save_teacher(tmp_path / "teacher.pth", *teacher_opts)
     opts = ["MODEL.RETINANET.NUM_CLASSES", student, "MODEL.DISTILL.CLASS_MAP", class_map]

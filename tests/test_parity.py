@@ -31,11 +31,12 @@ from goldens import (
 )
 from torch import Tensor
 
-from d2kd.dense import DenseOutputs, anchors_inside, decode_boxes, make_targets, run_dense
+from d2kd.dense import DenseOutputs, anchors_inside, make_targets, run_dense
 from d2kd.losses import giou_loss, iou_log_loss, kd_quality_focal_loss, kl_divergence_loss
 from d2kd.methods import PKD
 from d2kd.methods.crosskd import align_scale
 from d2kd.modeling import FCOS
+from d2kd.modeling.boxes import decode_boxes
 from d2kd.modeling.one_anchor import OneAnchorDetector
 
 LOSS, GRADIENT = 1e-5, 1e-3

@@ -15,9 +15,10 @@ from small import CONFIGS, build, distill_config, small_config
 
 from d2kd.checkpoint import files
 from d2kd.data import register_builtin
-from d2kd.engine import main, preflight
-from d2kd.engine.loader import build_train_loader
-from d2kd.engine.preflight import check_teacher
+from d2kd.data.loader import build_train_loader
+from d2kd.diagnose import preflight
+from d2kd.diagnose.preflight import check_teacher
+from d2kd.engine import main
 from d2kd.errors import D2kdError
 
 QUICK = str(CONFIGS / "quick_crosskd_retinanet.yaml")

@@ -22,12 +22,12 @@ from detectron2.utils import comm
 from small import CONFIGS, save_teacher, small_config
 
 from d2kd.checkpoint import files
+from d2kd.checkpoint.run_checkpoints import checkpoints_in
+from d2kd.data.loader import build_train_loader, start_at
 from d2kd.engine import main
-from d2kd.engine.checkpointing import checkpoints_in
-from d2kd.engine.loader import build_train_loader, start_at
-from d2kd.engine.run_hooks import EXIT_PREEMPTED
+from d2kd.engine.hooks import EXIT_PREEMPTED
+from d2kd.experiments.pictures import read_metrics
 from d2kd.methods import CrossKD
-from d2kd.pictures import read_metrics
 
 ROOT = CONFIGS.parent
 QUICK = str(CONFIGS / "quick_crosskd_retinanet.yaml")

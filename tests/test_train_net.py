@@ -11,7 +11,7 @@ import torch
 from small import CONFIGS, build, distill_config, save_teacher
 
 from d2kd.engine import main
-from d2kd.pictures import read_metrics
+from d2kd.experiments.pictures import read_metrics
 
 ROOT = CONFIGS.parent
 QUICK = str(CONFIGS / "quick_crosskd_retinanet.yaml")

@@ -14,7 +14,7 @@ from small import CONFIGS, save_teacher
 from d2kd.data import dataset_root, register_coco
 from d2kd.dense import DenseOutputs
 from d2kd.engine import main
-from d2kd.engine.run_hooks import EXIT_PREEMPTED
+from d2kd.engine.hooks import EXIT_PREEMPTED
 
 PLAIN = str(CONFIGS / "quick_retinanet.yaml")
 DISTILL = str(CONFIGS / "quick_crosskd_retinanet.yaml")

@@ -23,9 +23,9 @@ from tabulate import tabulate
 
 from d2kd.config import load_config
 from d2kd.dense import DenseOutputs, make_targets, run_dense
-from d2kd.distill import Teacher
 from d2kd.errors import exit_status
 from d2kd.methods import CrossKD, build_method
+from d2kd.teacher import Teacher
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "crosskd_retinanet_R18.yaml"
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Dict, List
 
 from d2kd.errors import check_choice
-from d2kd.runs import Run, prepare_data, resumable, run_all, table
+from d2kd.experiments.series import Run, prepare_data, resumable, run_all, table
 
 DISTILL = "MODEL.DISTILL."
 # What stands in the table, and its config keys under MODEL.DISTILL. Weights are those published for the detector, where

@@ -12,8 +12,8 @@ from statistics import mean
 from typing import List
 
 from d2kd.data import dataset_root
-from d2kd.pictures import draw_curves, draw_grid
-from d2kd.runs import Run, prepare_data, resumable, run_all, table
+from d2kd.experiments.pictures import draw_curves, draw_grid
+from d2kd.experiments.series import Run, prepare_data, resumable, run_all, table
 
 LABELS = {
     "teacher": "teacher",

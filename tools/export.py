@@ -18,14 +18,7 @@ from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from tabulate import tabulate
 
 from d2kd.errors import D2kdError, exit_status
-from d2kd.export import (
-    Exportable,
-    check_agreement,
-    export_onnx,
-    export_torchscript,
-    load_detector,
-    median_ms,
-)
+from d2kd.export import Exportable, check_agreement, export_onnx, export_torchscript, load_detector, median_ms
 
 # Of d2kd.export.Agreement.
 HEADINGS = {

@@ -20,8 +20,8 @@ from typing import Any, Iterator, List
 import torch
 
 from d2kd.checkpoint import files
+from d2kd.checkpoint.run_checkpoints import checkpoints_in
 from d2kd.data import write_blood_cells
-from d2kd.engine.checkpointing import checkpoints_in
 
 ROOT = Path(__file__).resolve().parent.parent
 LOG = "Starting training from iteration"

@@ -2,7 +2,7 @@
 
 from detectron2.config import LazyCall as L
 
-from d2kd.distill import DistillATSS
+from d2kd.meta_arch import DistillATSS
 from d2kd.methods import CrossKD
 
 from .atss_R50 import dataloader, lr_multiplier, model, optimizer, train

@@ -1,6 +1,6 @@
 """CrossKD: FCOS R18 from R50."""
 
-from d2kd.distill import DistillFCOS
+from d2kd.meta_arch import DistillFCOS
 
 from .common.distill import distill
 from .common.fcos import crosskd

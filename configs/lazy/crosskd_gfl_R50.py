@@ -2,7 +2,7 @@
 
 from detectron2.config import LazyCall as L
 
-from d2kd.distill import DistillGFL
+from d2kd.meta_arch import DistillGFL
 from d2kd.methods import CrossKD
 
 from .common.distill import distill

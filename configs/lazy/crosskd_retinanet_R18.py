@@ -4,8 +4,9 @@ from pathlib import Path
 
 from detectron2.config import LazyCall as L
 
-from d2kd.distill import DistillRetinaNet, load_teacher
+from d2kd.meta_arch import DistillRetinaNet
 from d2kd.methods import CrossKD
+from d2kd.teacher import load_teacher
 
 from .retinanet_R18 import dataloader, lr_multiplier, model, optimizer, train
 

@@ -5,9 +5,10 @@ from pathlib import Path
 from detectron2.config import LazyCall as L
 from detectron2.layers import ShapeSpec
 
-from d2kd.distill import DistillRetinaNet, load_teacher
+from d2kd.meta_arch import DistillRetinaNet
 from d2kd.methods import CrossKD
 from d2kd.modeling import ExtraLevels, make_resnet
+from d2kd.teacher import load_teacher
 
 from .retinanet_R50 import dataloader, lr_multiplier, model, optimizer, train
 

@@ -1,8 +1,8 @@
 """Data sets: registration and checks of COCO-format files, and a generated set that needs no download."""
 
-from d2kd.data.check import check_coco, read_coco
-from d2kd.data.register import dataset_root, register_builtin, register_coco, write_coco
-from d2kd.data.synthetic import CLASS_NAMES, write_blood_cells
+from .blood_cells import CLASS_NAMES, write_blood_cells
+from .coco import check_coco, read_coco
+from .sets import dataset_root, register_builtin, register_coco, write_coco
 
 __all__ = [
     "CLASS_NAMES",

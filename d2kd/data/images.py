@@ -7,7 +7,7 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Set, Tuple, Uni
 
 from PIL import Image
 
-from d2kd.errors import D2kdError
+from ..errors import D2kdError
 
 #: So many images of a set are opened for their size, which takes less than a second.
 HEADERS_READ = 1000

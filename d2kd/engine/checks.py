@@ -13,7 +13,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils import comm
 
-from ..data.check import CocoFile, check_files, examine_coco
+from ..data.coco import CocoFile, check_files, examine_coco
 from ..errors import D2kdError, nearest
 from .run_folder import flatten
 

@@ -14,18 +14,18 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
 from ..checkpoint import load_strict
+from ..checkpoint.run_checkpoints import RunCheckpointer
 from ..config import AMP_DTYPE, PREFLIGHT_IMAGES, find_config
+from ..data.bad_images import EvaluationMapper
+from ..data.loader import build_train_loader
+from ..data.randomness import seeded
+from ..diagnose.preflight import check_teacher
 from ..errors import D2kdError, nearest
 from ..signatures import parameters
-from .bad_images import EvaluationMapper
-from .checkpointing import RunCheckpointer
 from .checks import check_datasets, check_learning_rate, check_weights_file, tell_datasets, usable_device
-from .loader import build_train_loader
+from .hooks import EMA, FiniteLosses, run_hooks
 from .precision import amp_trainer
-from .preflight import check_teacher
-from .randomness import seeded
 from .run_folder import RunFolder, flatten
-from .run_hooks import EMA, FiniteLosses, run_hooks
 from .trainer import wrap_ddp
 
 # What d2kd reads beside detectron2's own keys of ``train``.

@@ -19,12 +19,12 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
-from .. import inspection
+from ..diagnose import dry_run as inspection
 from ..errors import EXIT_MISTAKE, D2kdError, told_in_one_sentence
 from . import lazy_run, yaml_run
 from .checks import check_address, check_num_gpus
+from .hooks import EXIT_PREEMPTED, Preempted
 from .run_folder import ALLOW, RunFolder
-from .run_hooks import EXIT_PREEMPTED, Preempted
 
 EXIT_DIED = 1
 # Key of the name of the current attempt in torchrun's store.

@@ -18,8 +18,8 @@ from detectron2.utils.file_io import PathManager
 
 from ..checkpoint import files
 from ..checkpoint.names import some
+from ..checkpoint.run_checkpoints import checkpoints_in, told_on_failure
 from ..errors import D2kdError, told_in_one_sentence
-from .checkpointing import checkpoints_in, told_on_failure
 
 ALLOW = "--allow-config-change"
 _MISSING = "(absent)"

@@ -16,13 +16,13 @@ from detectron2.utils import comm
 from torch import nn
 from torch.utils.data import DataLoader
 
+from ..checkpoint.run_checkpoints import RunCheckpointer
+from ..data.bad_images import EvaluationMapper
+from ..data.loader import build_train_loader
+from ..data.randomness import seeded
 from ..errors import D2kdError, nearest
-from .bad_images import EvaluationMapper
-from .checkpointing import RunCheckpointer
-from .loader import build_train_loader
+from .hooks import EMA, FiniteLosses, run_hooks
 from .precision import amp_trainer
-from .randomness import seeded
-from .run_hooks import EMA, FiniteLosses, run_hooks
 
 OPTIMIZERS = ("SGD", "AdamW")
 

@@ -8,18 +8,11 @@ from detectron2.config import CfgNode
 from torch import nn
 
 from ..checkpoint import load_strict
+from ..checkpoint.run_checkpoints import RunCheckpointer
 from ..config import detector_node, drop_teacher, load_config, rates_and_batches
+from ..diagnose.preflight import check_teacher
 from ..errors import D2kdError
-from .checkpointing import RunCheckpointer
-from .checks import (
-    check_datasets,
-    check_learning_rate,
-    check_values,
-    check_weights_file,
-    tell_datasets,
-    usable_device,
-)
-from .preflight import check_teacher
+from .checks import check_datasets, check_learning_rate, check_values, check_weights_file, tell_datasets, usable_device
 from .run_folder import RunFolder, flatten
 from .trainer import Trainer
 

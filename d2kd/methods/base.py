@@ -9,8 +9,9 @@ from detectron2.utils import comm
 from fvcore.common.registry import Registry
 from torch import Tensor, nn
 
-from ..dense import Cut, DenseOutputs, Targets
+from ..dense import DenseOutputs, Targets
 from ..errors import D2kdError, nearest
+from ..heads import Cut
 from ..signatures import defaults
 
 METHOD_REGISTRY: Registry = Registry("D2KD_METHOD")

@@ -28,8 +28,10 @@ from typing import Any, List, Sequence, Tuple
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from torch import Tensor, nn
 
-from ..dense import TOWERS, Cut, DenseOutputs, cross_head, level_channels, split_tower
+from ..contract import level_channels
+from ..dense import DenseOutputs
 from ..errors import D2kdError
+from ..heads import TOWERS, Cut, cross_head, split_tower
 from .base import METHOD_REGISTRY, Channels, channel_statistics
 from .response import ResponseKD
 

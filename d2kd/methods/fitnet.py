@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..dense import DenseOutputs, Targets, at_least_one, mean_over_workers
+from ..dense import DenseOutputs, Targets
 from ..errors import D2kdError, check_choice
+from ..workers import at_least_one, mean_over_workers
 from .base import METHOD_REGISTRY, FeatureMethod
 from .imitation import box_region, instance_region, near_region, to_places
 

@@ -20,10 +20,11 @@ from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import Boxes, pairwise_ioa, pairwise_iou
 from torch import Tensor
 
-from ..dense import DenseOutputs, Targets, at_least_one, mean_over_workers
+from ..dense import DenseOutputs, Targets
 from ..errors import D2kdError
 from ..losses import kl_divergence_loss
 from ..modeling.atss_assign import iou_thresholds, nearest_anchors
+from ..workers import at_least_one, mean_over_workers
 from .base import METHOD_REGISTRY, Channels, Method
 
 # The authors divide the sum over an anchor's sides by 4 in the main region and by 16 in the valuable one.

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from detectron2.utils import comm
 from torch import Tensor
 
-from ..dense import DenseOutputs, Targets, mean_over_workers
+from ..dense import DenseOutputs, Targets
 from ..errors import check_choice
 from ..losses import BOX_LOSSES, centerness_targets, kd_quality_focal_loss, kl_divergence_loss
+from ..workers import mean_over_workers
 from .base import METHOD_REGISTRY, Method
 
 NORMALIZERS = ("positives", "centerness")

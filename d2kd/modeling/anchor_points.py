@@ -9,7 +9,8 @@ from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
-from ..dense import level_strides, mean_over_workers
+from ..contract import level_strides
+from ..workers import mean_over_workers
 from .atss_assign import assign_atss, starts_in_image
 from .one_anchor import OneAnchorDetector, config_options
 

@@ -15,8 +15,8 @@ from detectron2.structures import Boxes
 from fvcore.nn import sigmoid_focal_loss
 from torch import Tensor, nn
 
-from ..dense import mean_over_workers
 from ..losses import centerness_targets, giou_loss
+from ..workers import mean_over_workers
 from .anchor_points import AnchorPointDetector
 from .coders import ClampedBoxTransform
 from .one_anchor import drop_tower_biases

@@ -6,7 +6,7 @@ import torch
 from detectron2.modeling.box_regression import Box2BoxTransform
 from torch import Tensor
 
-from ..dense import clamp_log_sizes
+from .boxes import clamp_log_sizes
 
 
 class LinearBoxTransform:

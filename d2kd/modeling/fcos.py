@@ -22,9 +22,10 @@ from detectron2.structures import Boxes
 from fvcore.nn import sigmoid_focal_loss_jit
 from torch import Tensor, nn
 
-from ..dense import decode_boxes, mean_over_workers
 from ..errors import D2kdError, check_choice
 from ..losses import BOX_LOSSES, centerness_targets
+from ..workers import mean_over_workers
+from .boxes import decode_boxes
 from .coders import LinearBoxTransform
 from .one_anchor import OneAnchorDetector, config_options, drop_tower_biases
 

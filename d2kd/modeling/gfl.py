@@ -14,8 +14,8 @@ from detectron2.structures import Boxes
 from detectron2.structures.boxes import matched_pairwise_iou
 from torch import Tensor, nn
 
-from ..dense import mean_over_workers
 from ..losses import distribution_focal_loss, giou_loss, quality_focal_loss
+from ..workers import mean_over_workers
 from .anchor_points import AnchorPointDetector, Positives
 from .coders import IntegralBoxTransform
 from .one_anchor import drop_tower_biases

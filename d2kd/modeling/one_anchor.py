@@ -14,9 +14,9 @@ from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
 
-from ..dense import at_least_one
 from ..errors import D2kdError, check_choice
 from ..signatures import defaults
+from ..workers import at_least_one
 
 # The same for all detectors of a config: TEST.DETECTIONS_PER_IMAGE and INPUT.FORMAT.
 _SHARED_OPTIONS = ("max_detections_per_image", "input_format")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from detectron2.config import LazyCall as L
 
-from d2kd.distill import load_teacher
+from d2kd.teacher import load_teacher
 
 MMDET = "https://download.openmmlab.com/mmdetection/v2.0/"
 WEIGHTS = {

@@ -21,9 +21,9 @@ from detectron2.utils import comm
 from detectron2.utils.serialize import PicklableWrapper
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
-from ..data.images import image_fault
 from ..errors import D2kdError
 from .bad_images import BAD_IMAGES, SKIP
+from .images import image_fault
 from .randomness import SAMPLES, seeded
 
 TRIES = 100

@@ -8,8 +8,8 @@ from detectron2.utils import comm
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from ..data.images import image_fault
 from ..errors import D2kdError
+from .images import image_fault
 
 #: Of a sample: what is wrong with each image that it stands for, by file name. Of the metrics: how many these are.
 BAD_IMAGES = "bad_images"

@@ -12,11 +12,12 @@ from detectron2.utils import comm
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from ..distill import DistillMetaArch, Teacher
+from ..data.loader import SeededDataset
 from ..errors import D2kdError
-from ..inspection import parameters
-from .loader import SeededDataset
-from .readings import Sample, average_precision, draw
+from ..meta_arch import DistillMetaArch
+from ..teacher import Teacher
+from .dry_run import parameters
+from .sample import Sample, average_precision, draw
 from .variants import Variant, class_variants, pixel_variants, shuffled
 
 # A loss is clearly lower than another if its mean is below this share of the other's, and most images agree.

@@ -9,8 +9,8 @@ from typing import Any, Dict, Iterator, List
 
 from detectron2.utils import comm
 
-from ..checkpoint import SafeCheckpointer, StrictCheckpointer, files
 from ..errors import D2kdError
+from . import SafeCheckpointer, StrictCheckpointer, files
 
 _NAME = re.compile(r"model_(\d+|final)\.pth")
 

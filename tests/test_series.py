@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from d2kd.errors import D2kdError
-from d2kd.runs import Run, run_all, spread, table
+from d2kd.experiments.series import Run, run_all, spread, table
 
 # Stands for train_net.py: writes what a run leaves in its folder, with an AP of ten times the seed.
 SCRIPT = """

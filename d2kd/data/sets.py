@@ -8,7 +8,7 @@ from typing import Any, Dict, Union
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
-from d2kd.errors import D2kdError
+from ..errors import D2kdError
 
 BUILTIN_SPLITS = {"blood_cells": ("train", "val"), "bccd": ("train", "val", "test")}
 

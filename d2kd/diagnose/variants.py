@@ -6,8 +6,8 @@ from typing import Callable, List, NamedTuple, Sequence
 import torch
 from torch import Tensor
 
-from ..distill import Teacher
-from .readings import Reading, Sample, focal_loss
+from ..teacher import Teacher
+from .sample import Reading, Sample, focal_loss
 
 # Mean and deviation of pixels, BGR, that detectors are commonly trained with.
 IMAGENET_MEAN = (103.53, 116.28, 123.675)

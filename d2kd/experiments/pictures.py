@@ -6,7 +6,7 @@ from typing import Any, Dict, List, Mapping, Sequence, Tuple
 
 import matplotlib
 
-from .methods import method_names
+from ..methods import method_names
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -17,8 +17,8 @@ from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Se
 
 import numpy as np
 
-from d2kd.data.images import check_image_files
-from d2kd.errors import D2kdError
+from ..errors import D2kdError
+from .images import check_image_files
 
 LISTS = ("images", "categories", "annotations")
 REFERENCES = {"image_id": "images", "category_id": "categories"}

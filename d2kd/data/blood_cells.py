@@ -9,8 +9,8 @@ from typing import Any, Dict, List, Optional, Tuple
 import numpy as np
 from PIL import Image, ImageFilter
 
-from d2kd.data.register import write_coco
-from d2kd.errors import D2kdError
+from ..errors import D2kdError
+from .sets import write_coco
 
 CLASS_NAMES = ("RBC", "WBC", "Platelets")
 RBC, WBC, PLATELET = 1, 2, 3

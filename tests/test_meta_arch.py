@@ -10,11 +10,11 @@ from detectron2.modeling import build_model
 from detectron2.solver import build_optimizer
 from small import CONFIGS, batch, build, distill_config, gradients, save_teacher, small_config, step
 
-from d2kd import distill
+from d2kd import meta_arch, teacher
 from d2kd.config import load_config
 from d2kd.dense import run_dense
-from d2kd.distill import load_teacher
 from d2kd.errors import D2kdError
+from d2kd.teacher import load_teacher
 
 WIDER = ["MODEL.FPN.OUT_CHANNELS", "64"]
 THREE_LEVELS = ["MODEL.RETINANET.IN_FEATURES", "['p3', 'p4', 'p5']"]
@@ -146,12 +146,12 @@ def test_teacher_in_training_mode_is_refused(student):
 
 
 def test_evaluation_never_runs_the_teacher(student, monkeypatch):
-    monkeypatch.setattr(distill.Teacher, "__call__", lambda *_: pytest.fail("the teacher ran"))
+    monkeypatch.setattr(teacher.Teacher, "__call__", lambda *_: pytest.fail("the teacher ran"))
     student.eval()(batch())
 
 
 def test_no_teacher_is_built_without_methods(monkeypatch):
-    monkeypatch.setattr(distill, "load_teacher", lambda *_: pytest.fail("a teacher was built"))
+    monkeypatch.setattr(meta_arch, "load_teacher", lambda *_: pytest.fail("a teacher was built"))
     build(distill_config("missing.pth", methods=())).eval()(batch())
 
 

@@ -13,8 +13,8 @@ from typing import Any, Callable, Dict, List, Sequence
 import torch
 from tabulate import tabulate
 
-from .data import dataset_root, write_blood_cells
-from .errors import D2kdError, exit_status
+from ..data import dataset_root, write_blood_cells
+from ..errors import D2kdError, exit_status
 from .pictures import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent

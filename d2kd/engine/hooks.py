@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..checkpoint import files
+from ..checkpoint.run_checkpoints import RunCheckpointer, told_on_failure
+from ..data.bad_images import BadImages
+from ..data.loader import start_at
+from ..data.randomness import ITERATIONS, seed_all
+from ..diagnose.finite import levels_not_finite
 from ..errors import D2kdError
-from ..inspection import levels_not_finite
-from .bad_images import BadImages
-from .checkpointing import RunCheckpointer, told_on_failure
-from .loader import start_at
-from .randomness import ITERATIONS, seed_all
 
 #: Exit status after SIGTERM: sysexits.h's EX_TEMPFAIL, "try again later".
 EXIT_PREEMPTED = 75

@@ -14,11 +14,11 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
+from ..data.loader import SeededDataset
 from ..dense import preprocess
-from ..distill import Teacher
 from ..errors import D2kdError
 from ..losses import giou_loss
-from .loader import SeededDataset
+from ..teacher import Teacher
 
 
 class Reading(NamedTuple):

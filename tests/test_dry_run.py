@@ -7,8 +7,10 @@ import torch
 from detectron2.utils.events import EventStorage
 from small import CONFIGS, batch, build, distill_config, save_teacher
 
+from d2kd.diagnose.dry_run import dry_run
+from d2kd.diagnose.finite import levels_not_finite
+from d2kd.diagnose.gradients import gradient_ratios, warnings
 from d2kd.engine import main
-from d2kd.inspection import dry_run, gradient_ratios, levels_not_finite, warnings
 
 WIDER = ("MODEL.FPN.OUT_CHANNELS", "64")
 

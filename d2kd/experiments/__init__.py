@@ -1,0 +1,1 @@
+"""Series of runs, their tables and pictures."""

@@ -1,0 +1,152 @@
+"""Dense heads: where their towers are cut and tapped, and the cross head that enters one behind the cut."""
+
+import copy
+from contextlib import ExitStack, contextmanager
+from typing import Any, Dict, Iterator, List, NamedTuple, Sequence, Tuple
+
+from torch import Tensor, nn
+
+from .errors import D2kdError, nearest
+
+TOWERS = ("cls_subnet", "bbox_subnet")
+
+
+class Cut(NamedTuple):
+    """A place at which both towers of a head are cut.
+
+    Attributes:
+        convs: how many convolutions lie before the cut; 0 is the FPN feature itself.
+        pre_activation: the value before the activation that follows the last of them, instead of after.
+    """
+
+    convs: int
+    pre_activation: bool = False
+
+
+def split_tower(tower: nn.Sequential, cut: Cut) -> Tuple[int, int]:
+    """Finds where a cut lies in a tower.
+
+    Args:
+        tower: convolutions, each followed by its norm and activation, if any.
+        cut: the place.
+
+    Returns:
+        ``(end, rest)``: the tapped value is the output of ``tower[:end]``, what follows the cut is ``tower[rest:]``.
+        Between the two lie the activations that ``cut.pre_activation`` leaves out.
+
+    Raises:
+        D2kdError: the tower has fewer convolutions.
+    """
+    convs = [i for i, layer in enumerate(tower) if isinstance(layer, nn.Conv2d)]
+    if not 0 <= cut.convs <= len(convs):
+        raise D2kdError(f"cut {cut.convs} lies outside a tower of {len(convs)} convolutions; use 0 to {len(convs)}")
+    rest = [0, *convs[1:], len(tower)][cut.convs]
+    end = rest
+    while cut.pre_activation and end and isinstance(tower[end - 1], nn.ReLU):
+        end -= 1
+    return end, rest
+
+
+Features = List[Tensor]  # one (N, C, Hi, Wi) per level, high to low resolution
+
+
+@contextmanager
+def tap_towers(head: nn.Module, cuts: Sequence[Cut]) -> Iterator[Dict[Cut, Tuple[Features, Features]]]:
+    """Collects tower features while the head runs.
+
+    Args:
+        head: a dense head; it runs each tower once per level, and each run appends one entry.
+        cuts: where to tap. Cut 0 needs no hook and must not be asked for here.
+
+    Yields:
+        For each cut the features of the class and of the box tower, filled when the head runs. The hooks are gone
+        after the ``with`` block.
+    """
+    taps: Dict[Cut, Tuple[Features, Features]] = {cut: ([], []) for cut in cuts}
+    with ExitStack() as hooks:
+        for cut, per_tower in taps.items():
+            for name, found in zip(TOWERS, per_tower):
+                tower = getattr(head, name)
+                layer = tower[split_tower(tower, cut)[0] - 1]
+                hooks.enter_context(
+                    layer.register_forward_hook(lambda _module, _inputs, output, found=found: found.append(output))
+                )
+        yield taps
+
+
+@contextmanager
+def tap_modules(detector: nn.Module, paths: Sequence[str]) -> Iterator[List[Features]]:
+    """Collects what modules give while a detector runs.
+
+    Args:
+        detector: student or teacher.
+        paths: of modules, such as "backbone.bottom_up.res4".
+
+    Yields:
+        For each path the feature maps (N, C, H, W) that its module gave, in order: one per call, or several where it
+        gives a list or dict of them.
+
+    Raises:
+        D2kdError: there is no such module; names the nearest.
+    """
+    taps: List[Features] = [[] for _ in paths]
+    with ExitStack() as hooks:
+        for path, found in zip(paths, taps):
+            module = find_module(detector, path)
+            hooks.enter_context(
+                module.register_forward_hook(lambda _module, _inputs, output, found=found: found.extend(_maps(output)))
+            )
+        yield taps
+
+
+def find_module(detector: nn.Module, path: str) -> nn.Module:
+    """The module of a path; raises D2kdError with the nearest paths if there is none."""
+    modules = dict(detector.named_modules())
+    if not path or path not in modules:
+        names = [name for name in modules if name]
+        raise D2kdError(f"{type(detector).__name__} has no module {path!r}{nearest(path, names)}")
+    return modules[path]
+
+
+def _maps(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        if output.dim() == 4:
+            yield output
+    elif isinstance(output, (list, tuple, dict)):
+        for part in output.values() if isinstance(output, dict) else output:
+            yield from _maps(part)
+
+
+class _Replay(nn.Module):
+    """Stands in front of a cut tower: ignores its input and gives the next level's stored feature."""
+
+    def __init__(self, features: Features) -> None:
+        super().__init__()
+        self._features = iter(features)
+
+    def forward(self, _: Tensor) -> Tensor:
+        return next(self._features)
+
+
+def cross_head(head: nn.Module, cut: Cut, cls_features: Features, box_features: Features) -> Tuple[Features, ...]:
+    """Runs the rest of a head, behind a cut, on someone else's tower features.
+
+    The head's own ``forward`` runs, on a shallow copy whose towers start behind the cut, so that whatever else a head
+    has (centerness, per-level scales, norms) comes for free. Both inputs are expected *after* the activation, also
+    where ``cut.pre_activation`` holds. All levels run in order, as counting norms (``CycleBatchNormList``) need.
+
+    Args:
+        head: reads a level's feature through ``cls_subnet`` and ``bbox_subnet`` only.
+        cut: where the towers are entered.
+        cls_features: what enters the class tower, per level (N, C, Hi, Wi).
+        box_features: what enters the box tower, likewise.
+
+    Returns:
+        What ``head.forward`` returns. Gradients reach the features, and the head's parameters where these require any.
+    """
+    crossed = copy.copy(head)
+    crossed._modules = dict(head._modules)  # otherwise the real head would be cut
+    for name, features in zip(TOWERS, (cls_features, box_features)):
+        tower = getattr(head, name)
+        setattr(crossed, name, nn.Sequential(_Replay(features), *tower[split_tower(tower, cut)[1] :]))
+    return tuple(crossed(cls_features))
