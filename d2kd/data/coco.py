@@ -39,6 +39,10 @@ _UNFIT = re.compile("[\0\ud800-\udfff]")
 _LOG = logging.getLogger(__name__)
 
 
+#: Level and text of what to log.
+Remark = Tuple[int, str]
+
+
 class CocoFile(NamedTuple):
     """An annotation file that can be used for training.
 
@@ -58,12 +62,11 @@ class CocoFile(NamedTuple):
     odd: str
     num_idle: int
 
-    def tell(self) -> None:
-        """Logs what is odd as a warning, and images without boxes as information."""
-        if self.odd:
-            _LOG.warning("%s: %s; mend these entries or remove them", self.path, self.odd)
-        if self.num_idle:
-            _LOG.info("%s: %d of %d images have no usable box", self.path, self.num_idle, len(self.images))
+    def remarks(self) -> List[Remark]:
+        """What to log: what is odd as a warning, images without boxes as information."""
+        odd = f"{self.path}: {self.odd}; fix these entries or remove them"
+        idle = f"{self.path}: {self.num_idle} of {len(self.images)} images have no usable box"
+        return [*([(logging.WARNING, odd)] if self.odd else []), *([(logging.INFO, idle)] if self.num_idle else [])]
 
 
 def check_coco(json_file: Union[str, Path], image_root: Union[str, Path], evaluated: bool = True) -> CocoFile:
@@ -83,7 +86,8 @@ def check_coco(json_file: Union[str, Path], image_root: Union[str, Path], evalua
     """
     found = examine_coco(json_file)
     check_files(found, image_root, evaluated)
-    found.tell()
+    for level, text in found.remarks():
+        _LOG.log(level, text)
     return found
 
 
