@@ -150,8 +150,9 @@ def read_lazy(path: str) -> DictConfig:
     """
     try:
         return LazyConfig.load(path)
-    except SyntaxError as error:
-        raise D2kdError(f"{error.filename}, line {error.lineno}: {error.msg}") from error
+    except SyntaxError as error:  # detectron2's own, which names the file, from Python's
+        cause = error.__cause__ if isinstance(error.__cause__, SyntaxError) else error
+        raise D2kdError(f"{error.msg.rstrip('!')}: line {cause.lineno}, {cause.msg}") from error
     except Exception as error:
         trace = error.__traceback__
         while trace is not None and trace.tb_next is not None:
