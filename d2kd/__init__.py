@@ -3,6 +3,8 @@
 Importing it registers its meta architectures, backbones, data sets and the ``torchvision://`` weights.
 """
 
+__version__ = "0.1.0"
+
 import warnings
 
 # detectron2 and torch say these on import; a user can do nothing about them.
