@@ -434,7 +434,7 @@ def test_images_to_evaluate_are_opened_before(how, tmp_path):
 def test_of_many_images_some_are_opened(tmp_path, monkeypatch):
     path = write(tmp_path, content_of())
     opened = []
-    monkeypatch.setattr(images, "reading_fault", lambda path, size, decode: opened.append(path) or "")
+    monkeypatch.setattr(images, "read_fault", lambda path, size, decode: opened.append(path) or "")
     monkeypatch.setattr(images, "HEADERS_READ", 2)
     check_coco(path, tmp_path / "images")
     assert [os.path.basename(path) for path in opened] == ["a.png", "c.png"]

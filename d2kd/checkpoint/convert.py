@@ -27,7 +27,7 @@ _FCOS = "  MODEL.FCOS as it was trained; configs/Base-FCOS.yaml has the options 
 
 
 def convert_file(source: str, target: str, num_ratios: int = 3, num_octaves: int = 3, force: bool = False) -> str:
-    """Converts a file; its kind is recognised by its keys.
+    """Converts a file; its kind is recognized by its keys.
 
     Args:
         source: an mmdetection detector or a torchvision ResNet.
@@ -37,7 +37,7 @@ def convert_file(source: str, target: str, num_ratios: int = 3, num_octaves: int
         force: overwrite the target.
 
     Returns:
-        What was recognised, mapped and dropped, for the user to read.
+        What was recognized, mapped and dropped, for the user to read.
 
     Raises:
         D2kdError: the source cannot be converted or the target not written.

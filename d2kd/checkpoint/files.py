@@ -15,7 +15,7 @@ from ..errors import D2kdError
 from . import pickles
 
 PARTIAL = ".partial"  # ends the name of what a process leaves behind that dies while it writes
-_MEND = "have it saved again with its state dict alone, or as .safetensors"
+_RESAVE_HINT = "have it saved again with its state dict alone, or as .safetensors"
 # What mmdetection keeps beside the weights: its log, its config, the time. No weights are ever of these types.
 _METADATA = re.compile(
     r"(mmengine|mmcv|mmdet|addict|datetime|pathlib)\..+|argparse\.Namespace"
@@ -150,7 +150,7 @@ def _what_is_wrong(filename: str, error: Exception) -> str:
         return f"cannot be read ({error.strerror}); check its permissions"
     name = str(error) if isinstance(error, pickles.ForeignObjectError) else _refused_name(error)
     if name:
-        return f"holds other Python objects than weights ({name}), not loaded as they can run code; {_MEND}"
+        return f"holds other Python objects than weights ({name}), not loaded as they can run code; {_RESAVE_HINT}"
     if "TorchScript" in str(error):
         return "is a TorchScript program, not weights; pass the checkpoint it was exported from"
     with open(filename, "rb") as file:

@@ -26,7 +26,7 @@ def checkpoints_in(folder: str) -> List[str]:
 
 
 @contextmanager
-def told_on_failure(path: str) -> Iterator[None]:
+def report_write_errors(path: str) -> Iterator[None]:
     """Turns an OSError while ``path`` is written into a D2kdError; files that are there already stay as they are."""
     try:
         yield
@@ -52,7 +52,7 @@ class RunCheckpointer(SafeCheckpointer):
         parts = {key: part.state_dict() for key, part in self.checkpointables.items()}
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info(f"Saving checkpoint to {path}")
-        with told_on_failure(path):
+        with report_write_errors(path):
             files.write(path, {"model": self.model.state_dict(), **parts, **kwargs})
             self.tag_last_checkpoint(os.path.basename(path))
 

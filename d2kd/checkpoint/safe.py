@@ -12,8 +12,8 @@ from . import files
 from .mmdet import is_mmdet
 from .names import some
 
-MEND = "check that the model's config is the one the file was trained with"
-_CONVERT = "convert it with python -m d2kd.checkpoint.convert"
+CONFIG_HINT = "check that the model's config is the one the file was trained with"
+_CONVERT_HINT = "convert it with python -m d2kd.checkpoint.convert"
 
 
 class _SafeFiles(Checkpointer):
@@ -49,7 +49,7 @@ class SafeCheckpointer(DetectionCheckpointer, _SafeFiles):
     def _check_path(self, path: str) -> None:
         try:
             local = self.path_manager.get_local_path(urlparse(path)._replace(query="").geturl())
-        except (OSError, RuntimeError, KeyError) as error:  # the latter two: detectron2's catalogue does not know it
+        except (OSError, RuntimeError, KeyError) as error:  # the latter two: detectron2's catalog does not know it
             raise D2kdError(f"{path} could not be fetched ({error}); download it by hand and give its path") from error
         if not os.path.isfile(local):
             raise D2kdError(f"{path}: no such file; check the path of the weights")
@@ -85,9 +85,9 @@ class SafeCheckpointer(DetectionCheckpointer, _SafeFiles):
             raise D2kdError(f"{self._filename} holds other things than weights ({text}); save a state dict") from error
         wanted = [name for name, _ in self.model.named_parameters()]  # FrozenBN fills in buffers, none is ever missing
         if set(wanted) <= set(incompatible.missing_keys):
-            mend = _CONVERT if from_mmdet else MEND
+            fix = _CONVERT_HINT if from_mmdet else CONFIG_HINT
             raise D2kdError(
-                f"{self._filename}: {_nothing_fits(names, wanted[0], incompatible.incorrect_shapes)}; {mend}"
+                f"{self._filename}: {_nothing_fits(names, wanted[0], incompatible.incorrect_shapes)}; {fix}"
             )
         return incompatible
 

@@ -9,7 +9,7 @@ from torch import nn
 from ..errors import D2kdError
 from .mmdet import convert_mmdet, is_mmdet, mmdet_detector
 from .names import plain_state
-from .safe import MEND, SafeCheckpointer, mismatches
+from .safe import CONFIG_HINT, SafeCheckpointer, mismatches
 
 _HARMLESS = re.compile(r"(.*\.)?(num_batches_tracked|pixel_mean|pixel_std)|distill\..*|(.*\.)?anchor_generator\..*")
 
@@ -76,7 +76,7 @@ class StrictCheckpointer(SafeCheckpointer):
             missing = [name for name in self.model.state_dict() if name not in names]  # FrozenBN hides its own
         wrong = mismatches(_harmful(missing), _harmful(incompatible.unexpected_keys), incompatible.incorrect_shapes)
         if wrong:
-            raise D2kdError(f"{self._filename} does not fit the model: {wrong}; {MEND}")
+            raise D2kdError(f"{self._filename} does not fit the model: {wrong}; {CONFIG_HINT}")
         return incompatible
 
 

@@ -24,14 +24,14 @@ LISTS = ("images", "categories", "annotations")
 REFERENCES = {"image_id": "images", "category_id": "categories"}
 
 # Farther out nothing is a pixel, and sums of integers could overflow.
-LARGEST_LENGTH = 1e9
+MAX_LENGTH = 1e9
 # COCO's evaluation leaves out larger objects.
-LARGEST_AREA = 1e10
+MAX_AREA = 1e10
 # In pixels: detectron2 drops boxes of which a side is not longer.
-LEAST_SIDE = 1e-5
+MIN_SIDE = 1e-5
 # In pixels: boxes that reach out of their image by no more are not worth a word.
 TOLERANCE = 1.0
-LEAVES_OUT = "leaves them out"
+DROPS = "leaves them out"
 
 MISSING = object()
 # NumPy, through which evaluation takes ids, cuts off NULs; lone surrogates can be written to no file.
@@ -46,24 +46,24 @@ class CocoFile(NamedTuple):
         path: of the file.
         classes: names by category id, in the order of ids, in which detectron2 numbers them.
         images: file name, width and height of each image.
-        not_evaluable: why it cannot be used for evaluation, and the mend; empty if it can.
+        evaluation_error: why it cannot be used for evaluation, and the mend; empty if it can.
         odd: what is dropped or changed silently; empty if there is nothing.
-        num_idle: how many images show nothing to learn.
+        num_empty: how many images show nothing to learn.
     """
 
     path: str
     classes: Dict[Any, str]
     images: List[Tuple[str, int, int]]
-    not_evaluable: str
-    odd: str
-    num_idle: int
+    evaluation_error: str
+    warnings: str
+    num_empty: int
 
-    def tell(self) -> None:
+    def log(self) -> None:
         """Logs what is odd as a warning, and images without boxes as information."""
-        if self.odd:
-            _LOG.warning("%s: %s; mend these entries or remove them", self.path, self.odd)
-        if self.num_idle:
-            _LOG.info("%s: %d of %d images have no usable box", self.path, self.num_idle, len(self.images))
+        if self.warnings:
+            _LOG.warning("%s: %s; mend these entries or remove them", self.path, self.warnings)
+        if self.num_empty:
+            _LOG.info("%s: %d of %d images have no usable box", self.path, self.num_empty, len(self.images))
 
 
 def check_coco(json_file: Union[str, Path], image_root: Union[str, Path], evaluated: bool = True) -> CocoFile:
@@ -83,14 +83,14 @@ def check_coco(json_file: Union[str, Path], image_root: Union[str, Path], evalua
     """
     found = examine_coco(json_file)
     check_files(found, image_root, evaluated)
-    found.tell()
+    found.log()
     return found
 
 
 def check_files(found: CocoFile, image_root: Union[str, Path], evaluated: bool) -> None:
     """The part of :func:`check_coco` that looks at image files, and at what evaluation needs."""
-    if evaluated and found.not_evaluable:
-        raise D2kdError(found.not_evaluable)
+    if evaluated and found.evaluation_error:
+        raise D2kdError(found.evaluation_error)
     check_image_files(found.path, image_root, found.images, read_headers=evaluated)
 
 
@@ -116,23 +116,23 @@ def examine_coco(json_file: Union[str, Path]) -> CocoFile:
     content = read_coco(json_file)
     for key in LISTS:
         _check_list(content, json_file, key)
-    _raise_first(_strays(content), json_file, "annotations")
+    _raise_first(_dangling_references(content), json_file, "annotations")
     _check_unit(content["annotations"], json_file)
     defects = _defects(content)
-    num_idle = len(content["images"]) - len(_busy_images(content["annotations"], defects))
-    if num_idle == len(content["images"]):
+    num_empty = len(content["images"]) - len(_images_with_boxes(content["annotations"], defects))
+    if num_empty == len(content["images"]):
         raise D2kdError(
             f"{json_file}: no image has a usable box, that is one with an area, inside its image and with iscrowd 0; "
             "correct the annotations or leave out this data set"
         )
-    lacks = next(_misfits(content["annotations"], NEEDED_BY_EVALUATION), None)
+    missing = next(_invalid_values(content["annotations"], NEEDED_BY_EVALUATION), None)
     return CocoFile(
         path=str(json_file),
         classes=_classes(content),
         images=[(entry["file_name"], entry["width"], entry["height"]) for entry in content["images"]],
-        not_evaluable=f"{_sentence(lacks, json_file, 'annotations')}; evaluation needs it" if lacks else "",
-        odd="; ".join([*(x.in_words(content["annotations"]) for x in defects), *_odd_entries(content)]),
-        num_idle=num_idle,
+        evaluation_error=f"{_describe(missing, json_file, 'annotations')}; evaluation needs it" if missing else "",
+        warnings="; ".join([*(x.describe(content["annotations"]) for x in defects), *_entry_warnings(content)]),
+        num_empty=num_empty,
     )
 
 
@@ -189,15 +189,15 @@ def _is_integer(value: Any) -> bool:
 
 
 def _is_length(value: Any) -> bool:
-    return type(value) is int and 0 < value <= LARGEST_LENGTH
+    return type(value) is int and 0 < value <= MAX_LENGTH
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and -LARGEST_LENGTH <= value <= LARGEST_LENGTH
+    return type(value) in (int, float) and -MAX_LENGTH <= value <= MAX_LENGTH
 
 
 def _is_area(value: Any) -> bool:
-    return type(value) in (int, float) and 0 <= value <= LARGEST_AREA
+    return type(value) in (int, float) and 0 <= value <= MAX_AREA
 
 
 def _is_box(value: Any) -> bool:
@@ -224,7 +224,7 @@ class Field(NamedTuple):
     key: str
     is_valid: Callable[[Any], bool]
     words: str
-    may_miss: bool = False
+    optional: bool = False
 
 
 _OWN_ID = Field("id", lambda v: _is_integer(v) or _is_text(v), "an integer or string of its own")
@@ -239,26 +239,26 @@ FIELDS = {
     "annotations": (
         Field("id", _is_integer, "an integer of its own"),
         Field("bbox", _is_box, "[x, y, width, height] in pixels, finite numbers, the last two not negative"),
-        Field("area", _is_area, f"a number from 0 to {LARGEST_AREA:.0e} (width x height will do)", may_miss=True),
-        Field("iscrowd", lambda v: v in (0, 1), "0, or 1 for a group that is not trained on", may_miss=True),
-        Field("ignore", lambda v: v == 0, "0 (perhaps iscrowd 1 is meant) or leave it out", may_miss=True),
-        Field("segmentation", _is_segmentation, "a list of polygons or an RLE, or leave it out", may_miss=True),
+        Field("area", _is_area, f"a number from 0 to {MAX_AREA:.0e} (width x height will do)", optional=True),
+        Field("iscrowd", lambda v: v in (0, 1), "0, or 1 for a group that is not trained on", optional=True),
+        Field("ignore", lambda v: v == 0, "0 (perhaps iscrowd 1 is meant) or leave it out", optional=True),
+        Field("segmentation", _is_segmentation, "a list of polygons or an RLE, or leave it out", optional=True),
         Field(
             "keypoints",
             lambda v: not v or (isinstance(v, list) and all(map(_is_number, v))),
             "a list of numbers or leave it out",
-            may_miss=True,
+            optional=True,
         ),
     ),
 }
 NEEDED_BY_EVALUATION = [
-    field._replace(is_valid=lambda _: True, may_miss=False)
+    field._replace(is_valid=lambda _: True, optional=False)
     for field in FIELDS["annotations"]
     if field.key in ("area", "iscrowd")
 ]
 
 
-class Misfit(NamedTuple):
+class InvalidValue(NamedTuple):
     """What is wrong with the value of a key of an entry, and the mend."""
 
     position: int
@@ -267,34 +267,36 @@ class Misfit(NamedTuple):
     mend: str
 
 
-def _misfits(entries: List[Dict[str, Any]], fields: Iterable[Field]) -> Iterator[Misfit]:
-    for key, is_valid, words, may_miss in fields:
+def _invalid_values(entries: List[Dict[str, Any]], fields: Iterable[Field]) -> Iterator[InvalidValue]:
+    for key, is_valid, words, optional in fields:
         values = [entry[key] for entry in entries if key in entry]
-        if (may_miss or len(values) == len(entries)) and all(map(is_valid, values)):
+        if (optional or len(values) == len(entries)) and all(map(is_valid, values)):
             continue  # that was quick; now for the place of what is wrong
         for position, entry in enumerate(entries):
             value = entry.get(key, MISSING)
-            if not (may_miss if value is MISSING else is_valid(value)):
-                yield Misfit(position, entry, key, f"set it to {words}")
+            if not (optional if value is MISSING else is_valid(value)):
+                yield InvalidValue(position, entry, key, f"set it to {words}")
 
 
-def _strays(content: Dict[str, Any]) -> Iterator[Misfit]:
+def _dangling_references(content: Dict[str, Any]) -> Iterator[InvalidValue]:
     """Annotations that point nowhere."""
     for key, listed in REFERENCES.items():
         known = {entry["id"] for entry in content[listed]}
         for position, entry in enumerate(content["annotations"]):
             value = entry.get(key)
             if isinstance(value, (list, dict)) or value not in known:
-                yield Misfit(position, entry, key, f"set it to an id that is among its '{listed}', or add that entry")
+                yield InvalidValue(
+                    position, entry, key, f"set it to an id that is among its '{listed}', or add that entry"
+                )
 
 
-def _raise_first(misfits: Iterator[Misfit], json_file: Union[str, Path], listed: str) -> None:
-    for misfit in misfits:
-        raise D2kdError(_sentence(misfit, json_file, listed))
+def _raise_first(invalid_values: Iterator[InvalidValue], json_file: Union[str, Path], listed: str) -> None:
+    for invalid in invalid_values:
+        raise D2kdError(_describe(invalid, json_file, listed))
 
 
-def _sentence(misfit: Misfit, json_file: Union[str, Path], listed: str) -> str:
-    position, entry, key, mend = misfit
+def _describe(invalid: InvalidValue, json_file: Union[str, Path], listed: str) -> str:
+    position, entry, key, mend = invalid
     value = reprlib.repr(entry[key]) if key in entry else ""
     own = f" (id {reprlib.repr(entry['id'])})" if "id" in entry and key != "id" else ""
     return f"{json_file}: {listed}[{position}]{own} has {f'{key} {value}' if value else f'no {key}'}; {mend}"
@@ -305,7 +307,7 @@ def _classes(content: Dict[str, Any]) -> Dict[Any, str]:
 
 
 def _check_list(content: Dict[str, Any], json_file: Union[str, Path], listed: str) -> None:
-    _raise_first(_misfits(content[listed], FIELDS[listed]), json_file, listed)
+    _raise_first(_invalid_values(content[listed], FIELDS[listed]), json_file, listed)
     _check_ids([entry["id"] for entry in content[listed]], json_file, listed)
 
 
@@ -333,7 +335,7 @@ class Defect(NamedTuple):
     consequence: str
     mask: np.ndarray
 
-    def in_words(self, annotations: List[Dict[str, Any]]) -> str:
+    def describe(self, annotations: List[Dict[str, Any]]) -> str:
         example = annotations[int(self.mask.argmax())]
         such_as = f"such as annotation {example['id']} with {example['bbox']}"
         return f"{self.what}: {self.mask.sum()}, {such_as} (training {self.consequence})"
@@ -347,15 +349,15 @@ def _defects(content: Dict[str, Any]) -> List[Defect]:
     numbers = chain.from_iterable(annotation["bbox"] for annotation in annotations)
     boxes = np.fromiter(numbers, float).reshape(-1, 4)
     low, high = boxes[:, :2], boxes[:, :2] + boxes[:, 2:]
-    flat = (boxes[:, 2:] <= LEAST_SIDE).any(1)
-    outside = (np.minimum(high, sizes) - np.maximum(low, 0) <= LEAST_SIDE).any(1)
+    flat = (boxes[:, 2:] <= MIN_SIDE).any(1)
+    outside = (np.minimum(high, sizes) - np.maximum(low, 0) <= MIN_SIDE).any(1)
     reaching = ((low < -TOLERANCE) | (high > sizes + TOLERANCE)).any(1)
     shapeless = np.array([_has_no_polygon(annotation.get("segmentation")) for annotation in annotations])
     found = [
-        Defect("boxes without area", LEAVES_OUT, flat),
-        Defect("boxes outside their image", LEAVES_OUT, outside & ~flat),
+        Defect("boxes without area", DROPS, flat),
+        Defect("boxes outside their image", DROPS, outside & ~flat),
         Defect("boxes that reach out of their image", "cuts them off", reaching & ~outside & ~flat),
-        Defect("boxes whose segmentation has no polygon of three points", LEAVES_OUT, shapeless),
+        Defect("boxes whose segmentation has no polygon of three points", DROPS, shapeless),
     ]
     return [defect for defect in found if defect.mask.any()]
 
@@ -367,16 +369,16 @@ def _has_no_polygon(segmentation: Any) -> bool:
     return not any(len(polygon) % 2 == 0 and len(polygon) >= 6 for polygon in segmentation)
 
 
-def _busy_images(annotations: List[Dict[str, Any]], defects: List[Defect]) -> Set[Any]:
+def _images_with_boxes(annotations: List[Dict[str, Any]], defects: List[Defect]) -> Set[Any]:
     """Ids of the images with a usable box."""
     is_out = np.zeros(len(annotations), dtype=bool)
     for defect in defects:
-        is_out |= defect.mask & (defect.consequence == LEAVES_OUT)
+        is_out |= defect.mask & (defect.consequence == DROPS)
     is_used = (~is_out).tolist()
     return {x["image_id"] for x, trains in zip(annotations, is_used) if trains and not x.get("iscrowd")}
 
 
-def _odd_entries(content: Dict[str, Any]) -> Iterator[str]:
+def _entry_warnings(content: Dict[str, Any]) -> Iterator[str]:
     names = Counter(image["file_name"] for image in content["images"])
     repeated = [name for name, count in names.items() if count > 1]
     if repeated:

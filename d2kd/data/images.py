@@ -11,9 +11,9 @@ from ..errors import D2kdError
 
 #: So many images of a set are opened for their size, which takes less than a second.
 HEADERS_READ = 1000
-NAMES_TOLD = 3
+NAMES_SHOWN = 3
 ORIENTATION = 0x0112
-TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
+ROTATED = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 
 
 def check_image_files(
@@ -34,7 +34,7 @@ def check_image_files(
         raise D2kdError(f"the image folder {image_root} of {json_file} does not exist; put the images there")
     missing = missing_files(image_root, [name for name, *_ in images])
     if missing:
-        first = ", ".join(map(reprlib.repr, missing[:NAMES_TOLD]))
+        first = ", ".join(map(reprlib.repr, missing[:NAMES_SHOWN]))
         raise D2kdError(
             f"{len(missing)} of {len(images)} images named in {json_file} are not in {image_root}, such as {first}; "
             "put the images there or give the folder that the file names are relative to"
@@ -42,7 +42,7 @@ def check_image_files(
     if read_headers:
         for name, width, height in images[:: -(-len(images) // HEADERS_READ)]:
             path = os.path.join(image_root, name)
-            reason = reading_fault(path, (width, height), decode=False)
+            reason = read_fault(path, (width, height), decode=False)
             if reason:
                 raise D2kdError(f"the image {path} of {json_file} cannot be used: {reason}; mend the file or its entry")
 
@@ -83,13 +83,13 @@ def image_fault(entry: Any, error: Exception) -> str:
     if not (isinstance(entry, Mapping) and "file_name" in entry):
         return ""
     size = (entry["width"], entry["height"]) if {"width", "height"} <= entry.keys() else None
-    reason = reading_fault(entry["file_name"], size, decode=True)
+    reason = read_fault(entry["file_name"], size, decode=True)
     if not reason and isinstance(error, OSError):  # it can be read by now
-        reason = in_words(error)
+        reason = error_text(error)
     return reason and f"the image {entry['file_name']} (id {entry.get('image_id')!r}) cannot be used: {reason}"
 
 
-def reading_fault(path: str, size: Optional[Tuple[int, int]], decode: bool) -> str:
+def read_fault(path: str, size: Optional[Tuple[int, int]], decode: bool) -> str:
     """Why an image cannot be read as detectron2 reads it, or "" if it can.
 
     Args:
@@ -99,16 +99,16 @@ def reading_fault(path: str, size: Optional[Tuple[int, int]], decode: bool) -> s
     """
     try:
         with Image.open(path) as image:
-            is_turned = _orientation(image) in TURNED
-            found = image.size[::-1] if is_turned else image.size
+            is_rotated = _orientation(image) in ROTATED
+            found = image.size[::-1] if is_rotated else image.size
             if decode:
                 image.convert("RGB")
     except Exception as error:  # PIL's readers raise errors of many kinds for damaged files
-        return in_words(error)
+        return error_text(error)
     if size is None or size == found:
         return ""
-    turned = ", turned by its EXIF orientation" if is_turned else ""
-    return f"it has {found[0]} x {found[1]} pixels{turned}, the annotations say {size[0]} x {size[1]}"
+    rotated = ", turned by its EXIF orientation" if is_rotated else ""
+    return f"it has {found[0]} x {found[1]} pixels{rotated}, the annotations say {size[0]} x {size[1]}"
 
 
 def _orientation(image: Image.Image) -> Any:
@@ -118,6 +118,6 @@ def _orientation(image: Image.Image) -> Any:
         return None
 
 
-def in_words(error: Exception) -> str:
+def error_text(error: Exception) -> str:
     """An error in one line, without the path that the system adds."""
     return getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__

@@ -61,7 +61,7 @@ def tell_datasets(names: Iterable[str]) -> None:
     for name in dict.fromkeys(names):
         found = _examined(name)
         if found is not None:
-            found.tell()
+            found.log()
 
 
 def _examined(name: str) -> Optional[CocoFile]:

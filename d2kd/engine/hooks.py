@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..checkpoint import files
-from ..checkpoint.run_checkpoints import RunCheckpointer, told_on_failure
+from ..checkpoint.run_checkpoints import RunCheckpointer, report_write_errors
 from ..data.bad_images import BadImages
 from ..data.loader import start_at
 from ..data.randomness import ITERATIONS, seed_all
@@ -91,7 +91,7 @@ class EMA(HookBase):
     def after_step(self) -> None:
         self._averaged.update_parameters(self.model)
         if comm.is_main_process() and self.trainer.iter + 1 >= self.trainer.max_iter:
-            with told_on_failure(self.path):
+            with report_write_errors(self.path):
                 files.write(self.path, {"model": self.average.state_dict()})
 
     def state_dict(self) -> Dict[str, Tensor]:

@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
-COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown")
+COLORS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown")
 
 
 def read_metrics(run: Path) -> List[Dict[str, Any]]:
@@ -40,12 +40,12 @@ def draw_curves(runs: Mapping[str, Path], file: Path) -> None:
         file: the picture to write.
     """
     figure, (losses, aps) = plt.subplots(1, 2, figsize=(11, 4))
-    for colour, (label, folder) in zip(COLOURS * len(runs), runs.items()):
+    for color, (label, folder) in zip(COLORS * len(runs), runs.items()):
         records = read_metrics(folder)
         own = [(r["iteration"], detection_loss(r)) for r in records if "total_loss" in r]
         ap = [(r["iteration"] + 1, r["bbox/AP"]) for r in records if "bbox/AP" in r]
-        losses.plot(*zip(*own), color=colour, label=label)
-        aps.plot(*zip(*ap), "o-", color=colour, label=label)
+        losses.plot(*zip(*own), color=color, label=label)
+        aps.plot(*zip(*ap), "o-", color=color, label=label)
     losses.set(xlabel="iteration", ylabel="detection loss (without distillation)", yscale="log")
     aps.set(xlabel="iteration", ylabel="AP", ylim=(0, None))
     aps.legend()
@@ -90,7 +90,7 @@ def draw_grid(
             _draw_boxes(axis, [b for b in boxes if b["image_id"] == image["id"]], sorted(names))
             if image is shown[0]:
                 axis.set_title(label)
-    handles = [Rectangle((0, 0), 1, 1, fill=False, edgecolor=c) for c in COLOURS[: len(names)]]
+    handles = [Rectangle((0, 0), 1, 1, fill=False, edgecolor=c) for c in COLORS[: len(names)]]
     figure.legend(handles, [names[i] for i in sorted(names)], loc="outside lower center", ncols=len(names))
     figure.savefig(file, dpi=110)
     plt.close(figure)
@@ -100,5 +100,5 @@ def _draw_boxes(axis: Axes, boxes: Sequence[Dict[str, Any]], categories: List[in
     for box in boxes:
         x, y, width, height = box["bbox"]
         corner: Tuple[float, float] = (x, y)
-        colour = COLOURS[categories.index(box["category_id"]) % len(COLOURS)]
-        axis.add_patch(Rectangle(corner, width, height, fill=False, edgecolor=colour, linewidth=1.2))
+        color = COLORS[categories.index(box["category_id"]) % len(COLORS)]
+        axis.add_patch(Rectangle(corner, width, height, fill=False, edgecolor=color, linewidth=1.2))

@@ -1,4 +1,4 @@
-"""What GFL and ATSS share: one square anchor per place, labelled by ATSS."""
+"""What GFL and ATSS share: one square anchor per place, labeled by ATSS."""
 
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
@@ -16,7 +16,7 @@ from .one_anchor import OneAnchorDetector, config_options
 
 
 class Positives(NamedTuple):
-    """The anchors of a batch that are labelled with a class, P of them.
+    """The anchors of a batch that are labeled with a class, P of them.
 
     Attributes:
         mask: where they are, (N, R) bool.
@@ -36,9 +36,9 @@ class Positives(NamedTuple):
 
 
 class AnchorPointDetector(OneAnchorDetector):
-    """A dense detector with one square anchor per place, centred where the place's cell starts.
+    """A dense detector with one square anchor per place, centerd where the place's cell starts.
 
-    Anchors are labelled by ATSS (arXiv 1912.02424). Subclasses define ``losses`` with RetinaNet's arguments.
+    Anchors are labeled by ATSS (arXiv 1912.02424). Subclasses define ``losses`` with RetinaNet's arguments.
 
     Args:
         backbone: feature pyramid.

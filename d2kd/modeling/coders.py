@@ -10,7 +10,7 @@ from .boxes import clamp_log_sizes
 
 
 class LinearBoxTransform:
-    """Boxes as the distances of their sides from an anchor's centre, arXiv 1904.01355 (FCOS).
+    """Boxes as the distances of their sides from an anchor's center, arXiv 1904.01355 (FCOS).
 
     detectron2's ``Box2BoxTransformLinear``, which TorchScript cannot compile.
 
@@ -24,16 +24,16 @@ class LinearBoxTransform:
     def apply_deltas(self, deltas: Tensor, boxes: Tensor) -> Tensor:
         """Decodes distances (M, 4) left, top, right, bottom of anchors (M, 4) to XYXY boxes; negative ones are 0."""
         distances = deltas.relu() * self._units(boxes).to(deltas.dtype)
-        centres = self._centres(boxes).to(deltas.dtype)
-        return torch.cat([centres - distances[:, :2], centres + distances[:, 2:]], dim=1)
+        centers = self._centers(boxes).to(deltas.dtype)
+        return torch.cat([centers - distances[:, :2], centers + distances[:, 2:]], dim=1)
 
     def get_deltas(self, src_boxes: Tensor, target_boxes: Tensor) -> Tensor:
-        """Distances (M, 4) of the sides of boxes (M, 4) from the centres of anchors (M, 4); negative if outside."""
-        centres = self._centres(src_boxes)
-        distances = torch.cat([centres - target_boxes[:, :2], target_boxes[:, 2:] - centres], dim=1)
+        """Distances (M, 4) of the sides of boxes (M, 4) from the centers of anchors (M, 4); negative if outside."""
+        centers = self._centers(src_boxes)
+        distances = torch.cat([centers - target_boxes[:, :2], target_boxes[:, 2:] - centers], dim=1)
         return distances / self._units(src_boxes)
 
-    def _centres(self, boxes: Tensor) -> Tensor:
+    def _centers(self, boxes: Tensor) -> Tensor:
         return 0.5 * (boxes[:, :2] + boxes[:, 2:])
 
     def _units(self, boxes: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ class LinearBoxTransform:
 class IntegralBoxTransform:
     """Boxes as four distributions of distances, arXiv 2006.04388 (GFL), section 3.2.
 
-    A side's distance from the anchor's centre is the expectation of a softmax over 0, 1, ..., reg_max strides.
+    A side's distance from the anchor's center is the expectation of a softmax over 0, 1, ..., reg_max strides.
 
     Args:
         reg_max: the farthest distance, in strides. That a coder has this attribute tells methods that boxes are
@@ -73,7 +73,7 @@ class IntegralBoxTransform:
         return self._distances.apply_deltas((probs * bins).sum(2) / self.anchor_scale, boxes)
 
     def get_deltas(self, src_boxes: Tensor, target_boxes: Tensor) -> Tensor:
-        """Distances of boxes' sides from anchors' centres.
+        """Distances of boxes' sides from anchors' centers.
 
         Args:
             src_boxes: anchors, (M, 4).

@@ -40,7 +40,7 @@ class FCOSHead(fcos.FCOSHead):
         input_shape: one per level, all of the same channels.
         conv_dims: channels of the towers' convolutions.
         norm: name of a norm, or a function from channels to a module.
-        box_scales: multiply the box output of each level by a scalar that is learnt.
+        box_scales: multiply the box output of each level by a scalar that is learned.
         box_exp: take the exponential, which gives distances in pixels (an :class:`FCOS` of these needs the same
             option); otherwise negative distances count as 0 and the unit is the level's stride.
         ctrness_on_cls: predict centerness from the class tower (arXiv 1904.01355) instead of the box tower.
@@ -103,7 +103,7 @@ class FCOS(OneAnchorDetector, fcos.FCOS):
         pixel_std: they are divided by it.
         head_in_features: names of the levels, high to low resolution; by default all of the backbone.
         box_exp: the head gives distances in pixels, as with its option of that name.
-        center_sampling_radius: how far from the centre of a box a place may lie to be positive, in strides;
+        center_sampling_radius: how far from the center of a box a place may lie to be positive, in strides;
             0 allows the whole box.
         box_reg_loss_type: "giou", or "iou_log" for -log IoU.
         loss_normalizer: "ema" divides all losses by a running mean of each worker's number of positive places.
@@ -177,7 +177,7 @@ class FCOS(OneAnchorDetector, fcos.FCOS):
         gt_boxes: List[Tensor],
         pred_centerness: List[Tensor],
     ) -> Dict[str, Tensor]:
-        """As detectron2's, with this detector's box loss and normalisers.
+        """As detectron2's, with this detector's box loss and normalizers.
 
         Args:
             anchors: of each level.

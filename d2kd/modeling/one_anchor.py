@@ -85,7 +85,7 @@ class OneAnchorDetector(DenseDetector):
         }
 
     def _at_least_one(self, normalizer: Tensor) -> Tensor:
-        """Clamps a normaliser that was averaged over workers, as published or as ``sync_normalizer`` says."""
+        """Clamps a normalizer that was averaged over workers, as published or as ``sync_normalizer`` says."""
         return at_least_one(normalizer) if self.sync_normalizer else normalizer.clamp(min=1)
 
     def _per_anchor(self, predictions: List[List[Tensor]]) -> List[List[Tensor]]:
