@@ -200,7 +200,7 @@ PROVOCATIONS = {
     "the image folder": lambda at: at.data(no_folder),
     "… images named in": lambda at: at.data(missing_image),
     "the image … cannot": lambda at: at.data(damaged_images),
-    "Another image": lambda at: at.data(damaged_images, "DATALOADER.SKIP_BAD_IMAGES", True, status=0),
+    "Replaced an image": lambda at: at.data(damaged_images, "DATALOADER.SKIP_BAD_IMAGES", True, status=0),
     "data set … has": lambda at: at.run("MODEL.RETINANET.NUM_CLASSES", 4),
     "a batch of": lambda at: at.run("SOLVER.IMS_PER_BATCH", 3, flags=["--num-gpus", 2]),
     "--num-gpus": gpus,
