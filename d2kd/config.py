@@ -3,11 +3,12 @@
 import os
 import re
 from pathlib import Path
-from typing import Iterator, Optional, Sequence, Tuple
+from typing import Iterator, Optional, Sequence, Tuple, Union
 
 import yaml
 from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
+from omegaconf import DictConfig
 
 from .errors import D2kdError, nearest
 from .methods import Schedule, method_defaults, method_names
@@ -59,9 +60,12 @@ def add_distill_config(cfg: CfgNode) -> None:
     cfg.SOLVER.AMP.DTYPE = AMP_DTYPE
 
 
-def drop_teacher(cfg: CfgNode) -> None:
-    """Makes a config that neither builds nor needs a teacher, as evaluation does, in place."""
-    cfg.MODEL.DISTILL.METHODS = cfg.MODEL.DISTILL.INHERIT = ()
+def drop_teacher(cfg: Union[CfgNode, DictConfig]) -> None:
+    """Makes a config of either style neither build nor need a teacher, as for evaluation, in place."""
+    if isinstance(cfg, CfgNode):
+        cfg.MODEL.DISTILL.METHODS = cfg.MODEL.DISTILL.INHERIT = ()
+    elif "teacher" in cfg.model:
+        cfg.model.methods, cfg.model.teacher, cfg.model.inherit = [], None, []
 
 
 def find_config(name: str, relative_to: Optional[str] = None) -> str:

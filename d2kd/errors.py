@@ -1,38 +1,88 @@
-"""The exceptions that end a run with one sentence, and what their messages are made of."""
+"""Mistakes of users and bugs: how each ends a command, and what messages are made of."""
 
 import re
 import sys
 import traceback
 from contextlib import contextmanager
 from difflib import get_close_matches
-from pathlib import Path
-from typing import Callable, Iterable, Iterator
+from typing import Callable, Iterable, Iterator, NamedTuple, Optional, Type
 
 import torch
 
-#: Exit status of a command after a user's mistake.
-EXIT_MISTAKE = 2
+from .keys import key, setting
 
-# How torch's DataLoader and torch.multiprocessing begin such texts.
+#: Exit statuses of commands: after a bug, a mistake of the user, and Ctrl-C.
+EXIT_BUG, EXIT_MISTAKE, EXIT_INTERRUPTED = 1, 2, 130
+
+PLEASE_REPORT = "this is a bug in d2kd or in code it runs: please report it with the traceback above"
+
+# How texts begin that torch's DataLoader and torch.multiprocessing pass on from another process.
 _FROM_ANOTHER_PROCESS = re.compile(r"\s*(Caught \w+ in |-- Process \d+ )")
 
 
 class D2kdError(ValueError):
     """A mistake in a config, file or argument.
 
-    The message is one sentence that names the file, key or value and how to mend it; ``train_net.py`` prints it
-    without a traceback and exits with status 2.
+    The message is one sentence that names the file, key or value and how to fix it. Commands print it without a
+    traceback and exit with status 2.
     """
 
     def __init__(self, message: object) -> None:
-        super().__init__(without_traceback(str(message)))
+        text = str(message)
+        super().__init__(mistake_in_traceback(text) or text)
 
 
-def without_traceback(text: str) -> str:
-    """The last line of what another process raised, which torch hands on with its whole traceback; else the text."""
+def mistake_in_traceback(text: str) -> Optional[str]:
+    """The message of the D2kdError with which a process ended whose traceback torch passes on; None if it is another's.
+
+    Args:
+        text: of the exception that torch raises in the process that waited.
+    """
     if not _FROM_ANOTHER_PROCESS.match(text):
-        return text
-    return text.strip().splitlines()[-1].rpartition("D2kdError: ")[-1]
+        return None
+    _, found, message = text.strip().splitlines()[-1].rpartition("D2kdError: ")
+    return message if found else None
+
+
+class KnownMistake(NamedTuple):
+    """What another library raises for a mistake of the user, and what to say instead.
+
+    Attributes:
+        kind: of exception.
+        pattern: of its message, searched for.
+        sentence: makes the message from the match.
+    """
+
+    kind: Type[BaseException]
+    pattern: str
+    sentence: Callable[["re.Match[str]"], str]
+
+
+KNOWN_MISTAKES = [
+    KnownMistake(
+        torch.OutOfMemoryError,
+        "",
+        lambda _: (
+            f"the GPU's memory is full; lower {key('SOLVER.IMS_PER_BATCH')} (and {key('SOLVER.BASE_LR')} alike) or the "
+            f"image size, or set {setting('SOLVER.AMP.ENABLED', True)}"
+        ),
+    ),
+]
+
+
+@contextmanager
+def known_mistakes() -> Iterator[None]:
+    """Turns what is listed in :data:`KNOWN_MISTAKES` into a D2kdError; everything else passes unchanged."""
+    try:
+        yield
+    except D2kdError:
+        raise
+    except Exception as error:
+        for known in KNOWN_MISTAKES:
+            match = re.search(known.pattern, str(error)) if isinstance(error, known.kind) else None
+            if match:
+                raise D2kdError(known.sentence(match)) from error
+        raise
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -48,47 +98,22 @@ def check_choice(what: str, value: str, known: Iterable[str]) -> None:
         raise D2kdError(f"{what} is {value!r}; use one of {', '.join(choices)}{nearest(value, choices)}")
 
 
-def exit_status(run: Callable[[], object]) -> int:
-    """Runs what a command does; returns its exit status: 0, or 2 after a mistake, which is told in one sentence."""
+def exit_status(run: Callable[[], Optional[int]]) -> int:
+    """Runs a command.
+
+    Args:
+        run: does what the command does; may return an exit status.
+
+    Returns:
+        The exit status: what ``run`` returns, 0 for None; 2 after a mistake, which is printed in one sentence; 1 after
+        a bug, of which the traceback is printed.
+    """
     try:
-        run()
+        return run() or 0
     except D2kdError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_MISTAKE
-    return 0
-
-
-@contextmanager
-def told_in_one_sentence(doing: Callable[[], str], log: Path) -> Iterator[None]:
-    """Turns errors of other libraries into a D2kdError; the traceback goes to a file.
-
-    Args:
-        doing: says what was tried.
-        log: the file; it is overwritten.
-    """
-    try:
-        yield
-    except D2kdError:
-        raise
-    except torch.OutOfMemoryError as error:
-        raise D2kdError(
-            f"{doing()}: the GPU's memory is full; lower SOLVER.IMS_PER_BATCH (and SOLVER.BASE_LR alike) or "
-            "INPUT.MIN_SIZE_TRAIN and INPUT.MAX_SIZE_TRAIN, or set SOLVER.AMP.ENABLED True"
-        ) from error
     except Exception as error:
-        where = f"the traceback is in {log}" if _write_traceback(error, log) else "no traceback could be written"
-        raise D2kdError(f"{doing()}: {kind_and_message(error)}; {where}") from error
-
-
-def kind_and_message(error: BaseException) -> str:
-    """An error in one line."""
-    text = without_traceback(str(error))
-    return text if text != str(error) else f"{type(error).__name__}: {' '.join(text.split()) or 'without a message'}"
-
-
-def _write_traceback(error: BaseException, log: Path) -> bool:
-    try:
-        log.write_text("".join(traceback.format_exception(type(error), error, error.__traceback__)), encoding="utf-8")
-    except OSError:
-        return False
-    return True
+        traceback.print_exc()
+        print(f"bug: {type(error).__name__}: {PLEASE_REPORT}", file=sys.stderr)
+        return EXIT_BUG

@@ -11,7 +11,7 @@ from small import CONFIGS, batch, build, distill_config, gradients, save_teacher
 from torch import nn
 
 from d2kd.engine import main
-from d2kd.engine.hooks import FiniteLosses
+from d2kd.engine.hooks import Watch
 from d2kd.engine.precision import Autocast, amp_trainer
 from d2kd.errors import D2kdError
 from d2kd.experiments.pictures import read_metrics
@@ -114,6 +114,6 @@ def test_a_loss_that_is_not_finite_is_still_traced_to_its_level(teachers):
     model = student(teachers, "RetinaNet", ["CrossKD"])
     model.head.cls_score.bias.data.fill_(float("nan"))
     trainer = amp_trainer(model, [batch()], torch.optim.SGD(model.parameters(), lr=0.1), "bfloat16")
-    FiniteLosses(trainer)
+    Watch(trainer)
     with pytest.raises(D2kdError, match="not finite already: student p3"):
         trainer.train(0, 1)

@@ -15,8 +15,8 @@ from torch.overrides import TorchFunctionMode
 
 from d2kd.config import add_distill_config, find_config, load_config
 from d2kd.engine import Trainer
-from d2kd.engine.lazy_run import check_override
-from d2kd.engine.run_folder import flatten
+from d2kd.engine.recipe import flatten
+from d2kd.engine.styles.lazy_style import check_override
 from d2kd.errors import D2kdError
 from d2kd.methods import method_defaults, method_names
 

@@ -20,9 +20,9 @@ from torch.utils._pytree import tree_leaves
 
 from d2kd.checkpoint import files
 from d2kd.checkpoint.run_checkpoints import checkpoints_in
-from d2kd.engine import main
+from d2kd.engine import launch
+from d2kd.engine.devices import wrap_ddp
 from d2kd.engine.precision import Autocast
-from d2kd.engine.trainer import wrap_ddp
 from d2kd.methods import method_defaults, method_names
 
 ROOT = CONFIGS.parent
@@ -211,7 +211,7 @@ from pathlib import Path
 from detectron2.engine import SimpleTrainer
 from detectron2.utils import comm
 
-from d2kd.engine import main
+from d2kd.engine import launch, main
 
 run_step = SimpleTrainer.run_step
 attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
@@ -278,7 +278,7 @@ def test_a_process_that_dies_ends_all_with_one_sentence(start, tmp_path):
     assert process.returncode == 1
     last = errors.strip().splitlines()[-1]
     assert last == (
-        "error: process 1 terminated with signal SIGKILL; the same command with --resume goes on from the last "
+        "error: process 1 terminated with signal SIGKILL; the same command with --resume continues from the last "
         "checkpoint"
     )
     assert rows_of(last)
@@ -288,14 +288,13 @@ def test_a_process_that_dies_ends_all_with_one_sentence(start, tmp_path):
 
 def test_processes_that_hang_are_killed_after_sigterm(monkeypatch):
     """One that is stopped stands for one in a collective: no handler runs in either."""
-    module = sys.modules[main.__module__]
-    monkeypatch.setattr(module, "LEAVE_WITHIN", 1)
+    monkeypatch.setattr(launch, "LEAVE_WITHIN", 1)
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGALRM)]
     child = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
     child.start()
     os.kill(child.pid, signal.SIGSTOP)
     os.waitpid(child.pid, os.WUNTRACED)  # until it is stopped
-    with module._sigterm_for_children():
+    with launch.sigterm_for_children():
         os.kill(os.getpid(), signal.SIGTERM)
         child.join(30)
     assert child.exitcode == -signal.SIGKILL

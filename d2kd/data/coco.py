@@ -38,6 +38,9 @@ MISSING = object()
 _UNFIT = re.compile("[\0\ud800-\udfff]")
 _LOG = logging.getLogger(__name__)
 
+#: Level and text of a log message.
+Remark = Tuple[int, str]
+
 
 class CocoFile(NamedTuple):
     """An annotation file that can be used for training.
@@ -58,12 +61,15 @@ class CocoFile(NamedTuple):
     warnings: str
     num_empty: int
 
-    def log(self) -> None:
-        """Logs the warnings, and the number of images without boxes as information."""
+    def remarks(self) -> List[Remark]:
+        """Returns what to log: the warnings, and the number of images without boxes as information."""
+        found = []
         if self.warnings:
-            _LOG.warning("%s: %s; fix or remove these entries", self.path, self.warnings)
+            found.append((logging.WARNING, f"{self.path}: {self.warnings}; fix or remove these entries"))
         if self.num_empty:
-            _LOG.info("%s: %d of %d images have no usable box", self.path, self.num_empty, len(self.images))
+            text = f"{self.path}: {self.num_empty} of {len(self.images)} images have no usable box"
+            found.append((logging.INFO, text))
+        return found
 
 
 def check_coco(json_file: Union[str, Path], image_root: Union[str, Path], evaluated: bool = True) -> CocoFile:
@@ -83,7 +89,8 @@ def check_coco(json_file: Union[str, Path], image_root: Union[str, Path], evalua
     """
     found = examine_coco(json_file)
     check_files(found, image_root, evaluated)
-    found.log()
+    for level, text in found.remarks():
+        _LOG.log(level, text)
     return found
 
 

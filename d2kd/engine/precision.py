@@ -8,6 +8,7 @@ from detectron2.engine import AMPTrainer, SimpleTrainer
 from torch import nn
 
 from ..errors import check_choice
+from ..keys import key
 
 DTYPES = ("float16", "bfloat16")
 
@@ -16,7 +17,7 @@ class Autocast(nn.Module):
     """Runs a model in bfloat16 while it trains, and as it is otherwise.
 
     Args:
-        module: a model, maybe in DDP.
+        module: a model, possibly in DDP.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -37,7 +38,7 @@ def amp_trainer(model: nn.Module, data_loader: Any, optimizer: torch.optim.Optim
     scaling; it is what CPUs have.
 
     Args:
-        model: maybe in DDP.
+        model: possibly in DDP.
         data_loader: gives batches.
         optimizer: of the model.
         dtype: one of :data:`DTYPES`; on the CPU it is always bfloat16.
@@ -45,7 +46,7 @@ def amp_trainer(model: nn.Module, data_loader: Any, optimizer: torch.optim.Optim
     Raises:
         D2kdError: the type is none of these.
     """
-    check_choice("SOLVER.AMP.DTYPE (LazyConfig: train.amp.dtype)", dtype, DTYPES)
+    check_choice(key("SOLVER.AMP.DTYPE"), dtype, DTYPES)
     on_cpu = next(model.parameters()).device.type == "cpu"
     if dtype == "float16" and not on_cpu:
         return AMPTrainer(model, data_loader, optimizer)

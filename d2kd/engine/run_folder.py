@@ -4,48 +4,35 @@ import hashlib
 import json
 import logging
 import os
-import re
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, Callable, ContextManager, Dict, List, Sequence
+from typing import Any, Dict, List
 from urllib.parse import urlparse
 
-from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
 from ..checkpoint import files
 from ..checkpoint.names import some
 from ..checkpoint.run_checkpoints import checkpoints_in, report_write_errors
-from ..errors import D2kdError, told_in_one_sentence
+from ..errors import D2kdError
+from .recipe import Recipe
 
 ALLOW = "--allow-config-change"
 _MISSING = "(absent)"
 
 
-@dataclass
 class RunFolder:
     """The folder of a run, and what the present command wants to run in it.
 
-    Attributes:
-        path: the folder; it need not exist.
-        path_key: config key of the folder.
-        config: every value by dotted key; see :func:`flatten`.
-        seed_key: key of the seed; negative stands for any.
-        teacher: the teacher's weights, "" for none.
-        may_change: patterns of keys that a resumed run may change, since they change no iteration.
-        same_keys: whether a key that only one of two configs has makes them different.
+    Args:
+        recipe: of the run.
     """
 
-    path: str
-    path_key: str
-    config: Dict[str, Any]
-    seed_key: str
-    teacher: str
-    may_change: Sequence[str]
-    same_keys: bool
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.path = recipe.options.output_dir
+        self.path_key = recipe.key("OUTPUT_DIR")
 
     def make(self) -> None:
         """Creates the folder.
@@ -60,11 +47,6 @@ class RunFolder:
             raise D2kdError(
                 f"the folder {self.path} cannot be written to ({error.strerror}); set {self.path_key} to another one"
             ) from error
-
-    def telling(self, doing: Callable[[], str]) -> ContextManager[None]:
-        """See :func:`told_in_one_sentence`; tracebacks go into this folder."""
-        rank = comm.get_rank()
-        return told_in_one_sentence(doing, Path(self.path, f"traceback.rank{rank}.txt" if rank else "traceback.txt"))
 
     def check(self, resume: bool, allow_change: bool) -> None:
         """Refuses what would spoil or mix up a run. A folder without checkpoints is free.
@@ -88,13 +70,9 @@ class RunFolder:
         self._check_config()
         self._check_teacher()
 
-    def seed(self) -> int:
-        """Seed of the config; negative for any."""
-        return int(self.config.get(self.seed_key, -1))
-
     def saved_seed(self) -> int:
         """Seed of the run that is in the folder; -1 if none is known."""
-        return int(_read_json(self._config_file).get(self.seed_key, -1))
+        return int(_read_json(self._config_file).get(self.recipe.key("SEED"), -1))
 
     def record(self) -> None:
         """Writes run.json (the config) and teacher.json, and clears what a killed process left half written.
@@ -104,9 +82,9 @@ class RunFolder:
         """
         for partial in Path(self.path).glob(f"*{files.PARTIAL}"):
             partial.unlink()
-        content = {self._config_file: self.config}
-        if self.teacher:
-            content[self._teacher_file] = describe_file(self.teacher)
+        content = {self._config_file: self.recipe.values}
+        if self.recipe.teacher:
+            content[self._teacher_file] = describe_file(self.recipe.teacher)
         for path, value in content.items():
             with report_write_errors(path):
                 files.write_text(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
@@ -127,7 +105,7 @@ class RunFolder:
             )
             return
         changes = [
-            f"{key} was {saved.get(key, _MISSING)} and is {self.config.get(key, _MISSING)}"
+            f"{key} was {saved.get(key, _MISSING)} and is {self.recipe.values.get(key, _MISSING)}"
             for key in self._different_keys(saved)
         ]
         if changes:
@@ -137,34 +115,28 @@ class RunFolder:
             )
 
     def _different_keys(self, saved: Dict[str, Any]) -> List[str]:
-        keys = saved.keys() | self.config.keys() if self.same_keys else saved.keys() & self.config.keys()
-        free = [*self.may_change, *([self.seed_key] if self.seed() < 0 else [])]
+        present = self.recipe.values
+        # All YAML configs have all keys, but for those of another version of the code.
+        keys = saved.keys() | present.keys() if self.recipe.is_lazy else saved.keys() & present.keys()
+        free = [*self.recipe.may_change, *([self.recipe.key("SEED")] if self.recipe.options.seed < 0 else [])]
         return sorted(
             key
             for key in keys
-            if saved.get(key, _MISSING) != self.config.get(key, _MISSING)
+            if saved.get(key, _MISSING) != present.get(key, _MISSING)
             and not any(fnmatch(key, pattern) for pattern in free)
         )
 
     def _check_teacher(self) -> None:
         saved = _read_json(self._teacher_file)
-        if not saved or not self.teacher:
+        if not saved or not self.recipe.teacher:
             return
-        present = describe_file(self.teacher)
+        present = describe_file(self.recipe.teacher)
         if present["sha256"] != saved["sha256"]:
             raise D2kdError(
                 f"the teacher {present['file']} is not the one this run was started with ({saved['file']}, SHA-256 "
                 f"{saved['sha256'][:12]}..., now {present['sha256'][:12]}...): put that file back, or go on with the "
                 f"new one by {ALLOW}"
             )
-
-
-def flatten(node: Any, prefix: str = "") -> Dict[str, Any]:
-    """Every value of nested mappings by dotted key, as JSON gives it back; lists are values."""
-    if not isinstance(node, Mapping):
-        return {prefix: json.loads(json.dumps(node, default=_name))}
-    prefix = f"{prefix}." if prefix else ""
-    return {key: value for child in node for key, value in flatten(node[child], f"{prefix}{child}").items()}
 
 
 def describe_file(path: str) -> Dict[str, str]:
@@ -179,13 +151,6 @@ def describe_file(path: str) -> Dict[str, str]:
     except OSError as error:
         raise D2kdError(f"the teacher's weights {path} cannot be read ({error}); check the path") from error
     return {"path": path, "file": os.path.abspath(local), "sha256": digest}
-
-
-def _name(value: Any) -> str:
-    """For what JSON has no form for: classes and functions by their full names."""
-    if hasattr(value, "__qualname__"):
-        return f"{value.__module__}.{value.__qualname__}"
-    return re.sub(r" at 0x[0-9a-f]+", "", str(value))
 
 
 def _read_json(path: str) -> Dict[str, Any]:

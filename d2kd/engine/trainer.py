@@ -1,119 +1,196 @@
-"""Training from YAML configs: detectron2's DefaultTrainer, also on CPU in several processes, with COCO evaluation."""
+"""The trainer of both config styles: detectron2's DefaultTrainer with parts that a :class:`Recipe` makes."""
 
-import os
-from contextlib import contextmanager
-from functools import partial
-from typing import Any, Dict, Iterator, List
+import logging
+import weakref
+from collections import OrderedDict
+from typing import Any, Dict, Iterable, List, Optional, Sequence, Union
 
 import torch
-from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper, build_detection_test_loader
-from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model, defaults, hooks
-from detectron2.evaluation import COCOEvaluator
-from detectron2.solver import build_optimizer
-from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
+from detectron2.engine import DefaultTrainer, HookBase, SimpleTrainer, TrainerBase, default_writers, hooks
+from detectron2.evaluation import (
+    DatasetEvaluator,
+    inference_on_dataset,
+    print_csv_format,
+    verify_results,
+)
 from detectron2.utils import comm
+from detectron2.utils.events import EventWriter
+from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.optim.lr_scheduler import LRScheduler
 
 from ..checkpoint.run_checkpoints import RunCheckpointer
-from ..data.bad_images import EvaluationMapper
-from ..data.loader import build_train_loader
-from ..data.randomness import seeded
-from ..errors import D2kdError, nearest
-from .hooks import EMA, FiniteLosses, run_hooks
+from ..data.bad_images import BadImages
+from ..diagnose.preflight import check_teacher
+from ..errors import known_mistakes
+from .devices import wrap_ddp
+from .hooks import EMA, Reproducible, Saving, Watch
 from .precision import amp_trainer
-
-OPTIMIZERS = ("SGD", "AdamW")
-
-
-def wrap_ddp(model: nn.Module, **options: Any) -> nn.Module:
-    """detectron2's ``create_ddp_model``, which otherwise cannot wrap a model on the CPU."""
-    if next(model.parameters()).device.type == "cpu":
-        options["device_ids"] = None
-    return create_ddp_model(model, **options)
-
-
-@contextmanager
-def _parts_of_ours(cfg: CfgNode) -> Iterator[None]:
-    """DefaultTrainer's constructor takes these parts from its module and offers no other way in."""
-    ours = {
-        "create_ddp_model": wrap_ddp,
-        "DetectionCheckpointer": RunCheckpointer,
-        "AMPTrainer": partial(amp_trainer, dtype=cfg.SOLVER.AMP.DTYPE),
-    }
-    originals = {name: getattr(defaults, name) for name in ours}
-    try:
-        vars(defaults).update(ours)
-        yield
-    finally:
-        vars(defaults).update(originals)
+from .recipe import Config
+from .styles import to_recipe
 
 
 class Trainer(DefaultTrainer):
     """Trains teachers, plain baselines and students alike; a resumed run ends with the weights of an unbroken one.
 
+    Override its methods as those of any :class:`DefaultTrainer`, and pass the class to :func:`d2kd.engine.main`. Each
+    gets the user's config, of either style.
+
     Args:
-        cfg: with d2kd's keys. A negative SEED stands for a random one.
+        cfg: a ``CfgNode`` with d2kd's keys, or a LazyConfig. A negative seed stands for a random one.
     """
 
-    def __init__(self, cfg: CfgNode) -> None:
-        if cfg.SEED < 0:
-            cfg = cfg.clone()
-            cfg.merge_from_list(["SEED", comm.shared_random_seed()])
-        with _parts_of_ours(cfg):
-            super().__init__(cfg)
-        self.losses = FiniteLosses(self._trainer)
+    def __init__(self, cfg: Config) -> None:
+        # DefaultTrainer's own constructor leaves no choice of DDP on the CPU, checkpointer and precision.
+        TrainerBase.__init__(self)
+        self.recipe = to_recipe(cfg).for_workers(comm.get_world_size()).with_seed()
+        self.cfg = cfg = self.recipe.config
+        options = self.recipe.options
+        # In this order, as in DefaultTrainer: each draws random numbers.
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        loader = self.build_train_loader(cfg)
+        model = wrap_ddp(model, **self.recipe.ddp_options)
+        self._trainer = (
+            amp_trainer(model, loader, optimizer, options.amp_dtype)
+            if options.amp
+            else SimpleTrainer(model, loader, optimizer)
+        )
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = RunCheckpointer(model, options.output_dir, trainer=weakref.proxy(self))
+        self.start_iter = 0
+        self.max_iter = options.max_iter
+        self.watch = Watch(self._trainer)
+        self.results: Dict[str, Any] = {}
+        self.register_hooks(self.build_hooks())
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """Resumes from the newest checkpoint in the run's folder, if there is one and ``resume``; else loads weights.
+
+        Raises:
+            D2kdError: no checkpoint can be read, or it does not fit the model.
+        """
+        self.checkpointer.resume_or_load(self.recipe.options.weights, resume=resume)
+        if resume and self.checkpointer.has_checkpoint():
+            self.start_iter = self.iter + 1
+
+    def train(self) -> Dict[str, Any]:
+        """Checks the teacher if training starts from the beginning, then trains.
+
+        Returns:
+            The last evaluation's results; empty if there was none.
+        """
+        if self.start_iter == 0:
+            check_teacher(self.checkpointer.model, self.data_loader, self.recipe.options.preflight)
+        TrainerBase.train(self, self.start_iter, self.max_iter)
+        if self.recipe.get("TEST.EXPECTED_RESULTS") and comm.is_main_process():
+            verify_results(self.cfg, self.results)
+        return self.results
+
+    def run_step(self) -> None:
+        """Runs an iteration.
+
+        Raises:
+            D2kdError: a loss is not finite, or another mistake shows in it.
+        """
+        try:
+            with known_mistakes():
+                super().run_step()
+        except Exception as error:
+            self.watch.explain(error)
+            raise
+
+    def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
+        """Loads the state of a checkpoint; those of stock LazyConfig runs hold the inner trainer's alone."""
+        super().load_state_dict({"_trainer": state_dict, **state_dict})
 
     def build_hooks(self) -> List[HookBase]:
-        """DefaultTrainer's hooks with d2kd's saving instead of its own, and the EMA's evaluation."""
-        cfg, model = self.cfg, self.checkpointer.model
-        ema = EMA(model, cfg.SOLVER.EMA_DECAY, cfg.OUTPUT_DIR) if cfg.SOLVER.EMA_DECAY else None
-        built = [hook for hook in super().build_hooks() if hook and not isinstance(hook, hooks.PeriodicCheckpointer)]
-        place = next(i for i, hook in enumerate(built) if isinstance(hook, hooks.EvalHook))
+        """Makes detectron2's hooks and d2kd's, in the order in which they run."""
+        options, loader = self.recipe.options, self.data_loader
+        built: List[HookBase] = [hooks.IterationTimer(), hooks.LRScheduler()]
+        if options.precise_bn and get_bn_modules(self.model):
+            own_loader = self.build_train_loader(self.recipe.changed("DATALOADER.NUM_WORKERS", 0).config)
+            built.append(hooks.PreciseBN(options.eval_period, self.model, own_loader, options.precise_bn_iterations))
+        built.append(Reproducible(loader, options.seed))
+        ema = EMA(self.checkpointer.model, options.ema_decay, options.output_dir) if options.ema_decay else None
+        built += [ema] if ema else []
+        built += [BadImages()] if getattr(getattr(loader, "dataset", None), "skip_bad_images", False) else []
+        built.append(Saving(self.checkpointer, self.watch, options.checkpoint_period, options.max_to_keep))
+        built.append(hooks.EvalHook(options.eval_period, self._evaluate))
         if ema:
-            evaluate_ema = hooks.EvalHook(cfg.TEST.EVAL_PERIOD, lambda: {"ema": self._test_ema(ema.average)})
-            built.insert(place + 1, evaluate_ema)
-        loader = self._trainer.data_loader
-        built[place:place] = run_hooks(self.checkpointer, loader, cfg.SEED, ema, period=cfg.SOLVER.CHECKPOINT_PERIOD)
+            built.append(hooks.EvalHook(options.eval_period, lambda: {"ema": self._evaluate_average(ema.average)}))
+        if comm.is_main_process():
+            built.append(hooks.PeriodicWriter(self.build_writers(), options.log_period))
         return built
 
-    def _test_ema(self, average: nn.Module) -> Dict[str, Any]:
-        cfg = self.cfg.clone()
-        cfg.merge_from_list(["OUTPUT_DIR", os.path.join(cfg.OUTPUT_DIR, "ema")])
-        return self.test(cfg, average)
+    def _evaluate(self) -> Dict[str, Any]:
+        self.results = self.test(self.cfg, self.model)
+        return self.results
+
+    def _evaluate_average(self, average: nn.Module) -> Dict[str, Any]:
+        """Evaluates the EMA; its predictions go into a folder of their own."""
+        return self.test(self.recipe.changed("OUTPUT_DIR", f"{self.recipe.options.output_dir}/ema").config, average)
+
+    def build_writers(self) -> List[EventWriter]:
+        """Makes detectron2's default writers."""
+        return default_writers(self.recipe.options.output_dir, self.max_iter)
 
     @classmethod
-    def build_train_loader(cls, cfg: CfgNode) -> DataLoader:
-        with seeded(cfg.SEED):  # samplers draw their own seeds
-            return build_train_loader(cfg)
+    def build_model(cls, cfg: Config) -> nn.Module:
+        """Makes the model."""
+        model = to_recipe(cfg).build_model()
+        logging.getLogger(__name__).info("Model:\n%s", model)
+        return model
 
     @classmethod
-    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> DataLoader:
-        mapper = EvaluationMapper(DatasetMapper(cfg, is_train=False))
-        return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+    def build_optimizer(cls, cfg: Config, model: nn.Module) -> torch.optim.Optimizer:
+        """Makes the optimizer of a model."""
+        return to_recipe(cfg).build_optimizer(model)
 
     @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:
-        return COCOEvaluator(dataset_name, output_dir=os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name))
+    def build_lr_scheduler(cls, cfg: Config, optimizer: torch.optim.Optimizer) -> LRScheduler:
+        """Makes the learning-rate schedule of an optimizer."""
+        return to_recipe(cfg).build_lr_scheduler(optimizer)
 
     @classmethod
-    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-        """Builds ``SOLVER.OPTIMIZER``: detectron2's own SGD, or AdamW with the same treatment of norms and biases."""
-        solver = cfg.SOLVER
-        if solver.OPTIMIZER == "SGD":
-            return build_optimizer(cfg, model)
-        if solver.OPTIMIZER != "AdamW":
-            raise D2kdError(
-                f"SOLVER.OPTIMIZER {solver.OPTIMIZER!r} is none of {', '.join(OPTIMIZERS)}"
-                f"{nearest(solver.OPTIMIZER, OPTIMIZERS)}"
-            )
-        params = get_default_optimizer_params(
-            model,
-            base_lr=solver.BASE_LR,
-            weight_decay_norm=solver.WEIGHT_DECAY_NORM,
-            bias_lr_factor=solver.BIAS_LR_FACTOR,
-            weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
-        )
-        adamw = maybe_add_gradient_clipping(cfg, torch.optim.AdamW)
-        return adamw(params, lr=solver.BASE_LR, weight_decay=solver.WEIGHT_DECAY)
+    def build_train_loader(cls, cfg: Config) -> Iterable[Any]:
+        """Makes the loader of training batches."""
+        return to_recipe(cfg).build_train_loader()
+
+    @classmethod
+    def build_test_loader(cls, cfg: Config, dataset_name: str) -> Iterable[Any]:
+        """Makes the loader of a data set for evaluation."""
+        return to_recipe(cfg).build_test_loader(dataset_name)
+
+    @classmethod
+    def build_evaluator(cls, cfg: Config, dataset_name: str) -> DatasetEvaluator:
+        """Makes the evaluator of a data set: what a LazyConfig names, or the one of its ``evaluator_type``."""
+        return to_recipe(cfg).build_evaluator(dataset_name)
+
+    @classmethod
+    def test(
+        cls,
+        cfg: Config,
+        model: nn.Module,
+        evaluators: Optional[Union[DatasetEvaluator, Sequence[DatasetEvaluator]]] = None,
+    ) -> Dict[str, Any]:
+        """Evaluates a model on all test sets.
+
+        Args:
+            cfg: of either style.
+            model: with its weights.
+            evaluators: one for each test set; by default those of :meth:`build_evaluator`.
+
+        Returns:
+            The results of the test set, or of each by its name if there are several.
+        """
+        names = to_recipe(cfg).test_sets
+        given = [evaluators] if isinstance(evaluators, DatasetEvaluator) else evaluators
+        results: Dict[str, Any] = OrderedDict()
+        for i, name in enumerate(names):
+            evaluator = given[i] if given is not None else cls.build_evaluator(cfg, name)
+            results[name] = inference_on_dataset(model, cls.build_test_loader(cfg, name), evaluator)
+            if comm.is_main_process():
+                logging.getLogger(__name__).info("Evaluation results for %s in csv format:", name)
+                print_csv_format(results[name])
+        return results[names[0]] if len(names) == 1 else results

@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, median, stdev
-from typing import Any, Callable, Dict, List, Sequence
+from typing import Any, Callable, Dict, List, Optional, Sequence
 
 import torch
 from tabulate import tabulate
@@ -229,7 +229,7 @@ def prepare_data(data: str, bccd: str) -> None:
             raise D2kdError(f"{bccd} could not be prepared")
 
 
-def resumable(run: Callable[[], object]) -> int:
+def resumable(run: Callable[[], Optional[int]]) -> int:
     """As :func:`exit_status`; after Ctrl-C it says how to go on, with status 130."""
     try:
         return exit_status(run)

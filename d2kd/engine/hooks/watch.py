@@ -1,0 +1,98 @@
+"""What each process watches for in a step, and how all of them learn of it."""
+
+import signal
+from typing import Any, Dict, List, NoReturn, Sequence
+
+import torch
+from detectron2.engine import HookBase, SimpleTrainer
+from detectron2.utils import comm
+from torch import Tensor, nn
+
+from ...diagnose.finite import levels_not_finite
+from ...errors import D2kdError
+
+
+class Watch(HookBase):
+    """Watches the losses and SIGTERM. All processes learn of both by one reduction of a few bytes in each step.
+
+    A loss that is not finite ends training before the weights are touched; the error names the loss, the levels and
+    the images. SIGTERM only sets ``stop``.
+
+    Args:
+        trainer: runs the steps; the hook registers itself.
+    """
+
+    #: Whether any process has got SIGTERM. A process alone knows at once, several after the next backward pass.
+    stop: bool
+
+    def __init__(self, trainer: SimpleTrainer) -> None:
+        self.stop = False
+        self._signaled = False
+        self._previous_handler: Any = signal.SIG_DFL
+        self._batch: List[Dict[str, Any]] = []
+        self._losses: Dict[str, Tensor] = {}
+        trainer.model.register_forward_pre_hook(self._keep_batch)
+        trainer.model.register_forward_hook(self._keep_losses)
+        trainer.register_hooks([self])
+
+    def listen(self) -> None:
+        """Handles SIGTERM from now on; see :meth:`restore`."""
+        self._previous_handler = signal.signal(signal.SIGTERM, self._on_sigterm)
+
+    def restore(self) -> None:
+        """Gives SIGTERM back to whom it belonged to."""
+        signal.signal(signal.SIGTERM, self._previous_handler)
+
+    def after_backward(self) -> None:
+        losses = torch.stack([loss.float() for loss in self._losses.values()])
+        flags = torch.stack([~losses.isfinite().all(), losses.new_tensor(self._signaled).bool()]).float()
+        if comm.get_world_size() > 1:
+            torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
+        not_finite, stop = flags.tolist()
+        self.stop = self.stop or bool(stop)
+        if not_finite:
+            self._end()
+
+    def explain(self, error: Exception) -> None:
+        """Raises D2kdError if an error in a step comes from features that are not finite: some losses refuse those.
+
+        Args:
+            error: what the step raised.
+        """
+        if isinstance(error, (AssertionError, FloatingPointError, ValueError)) and not isinstance(error, D2kdError):
+            levels = self._levels()
+            if levels:
+                raise D2kdError(f"iteration {self.trainer.iter}{levels} on images {self._images()}") from error
+
+    def _on_sigterm(self, *_: Any) -> None:
+        self._signaled = True
+        self.stop = self.stop or comm.get_world_size() == 1
+
+    def _keep_batch(self, model: nn.Module, inputs: Sequence[Any]) -> None:
+        if model.training:
+            self._batch = inputs[0]
+
+    def _keep_losses(self, model: nn.Module, inputs: Sequence[Any], losses: Any) -> None:
+        if model.training:
+            self._losses = {key: loss.detach() for key, loss in losses.items()}
+
+    def _end(self) -> NoReturn:
+        found = [report for report in comm.all_gather(self._report()) if report]
+        raise D2kdError(
+            f"iteration {self.trainer.iter}: {'; '.join(found)}; lower the learning rate or the weight of that loss, "
+            "or fix these images (the checkpoints written before are kept)"
+        )
+
+    def _report(self) -> str:
+        wrong = [f"{key} is {loss.item()}" for key, loss in self._losses.items() if not loss.isfinite()]
+        return f"{', '.join(wrong)}{self._levels()} on images {self._images()}" if wrong else ""
+
+    def _levels(self) -> str:
+        model = self.trainer.model
+        while hasattr(model, "module"):  # DDP, Autocast
+            model = model.module
+        levels = levels_not_finite(model, self._batch)
+        return f" (not finite already: {', '.join(levels)})" if levels else ""
+
+    def _images(self) -> str:
+        return ", ".join(f"{image.get('image_id')} ({image.get('file_name')})" for image in self._batch)

@@ -1,0 +1,109 @@
+"""Starting a run's processes: one, several on one or more machines, or those that torchrun has started."""
+
+import multiprocessing
+import os
+import signal
+import socket
+from contextlib import contextmanager
+from typing import Any, Callable, Iterator, TypeVar
+from urllib.parse import urlparse
+from uuid import uuid4
+
+import torch
+from detectron2.utils import comm
+
+from ..errors import D2kdError
+
+Result = TypeVar("Result")
+
+# Key of the name of the current attempt in torchrun's store.
+ATTEMPT = "d2kd_attempt"
+# Seconds in which processes have to save themselves after SIGTERM.
+LEAVE_WITHIN = 600
+
+
+def under_torchrun() -> bool:
+    """Whether torchrun has started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def join_torchrun() -> None:
+    """Joins the process group that torchrun describes in the environment.
+
+    torchrun gives a restarted run the store of the first attempt, which holds the addresses of processes that are gone
+    (pytorch issue 135712). So each attempt writes below a name of its own.
+    """
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    store, rank, world_size = next(torch.distributed.rendezvous("env://"))
+    if rank == 0:
+        store.set(ATTEMPT, uuid4().hex)
+    own_part = torch.distributed.PrefixStore(store.get(ATTEMPT).decode(), store)
+    torch.distributed.init_process_group("nccl" if on_gpu else "gloo", store=own_part, rank=rank, world_size=world_size)
+    comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
+    comm.synchronize()
+    if rank == 0:  # all have read it, and the next attempt must wait for its own
+        store.delete_key(ATTEMPT)
+
+
+def once_per_machine(check: Callable[[], Result]) -> Result:
+    """Runs a check in the first process of each machine, while the others wait for what it finds.
+
+    Args:
+        check: returns what can be pickled.
+
+    Raises:
+        D2kdError: the check did, on any machine.
+    """
+    found: Any = None
+    if comm.get_local_rank() == 0:
+        try:
+            found = check()
+        except D2kdError as error:
+            found = error
+    everywhere = comm.all_gather(found)
+    for one in everywhere:
+        if isinstance(one, D2kdError):
+            raise D2kdError(one)
+    return everywhere[comm.get_rank() - comm.get_local_rank()]
+
+
+@contextmanager
+def sigterm_for_children() -> Iterator[None]:
+    """Passes SIGTERM on to the processes that this one has started, waits for them, and kills them if they hang.
+
+    A process that waits for another in a collective cannot handle it: no Python handler runs there.
+    """
+
+    def pass_on(signum: int, _: Any) -> None:
+        for child in multiprocessing.active_children():
+            if signum == signal.SIGALRM:
+                child.kill()
+            else:
+                child.terminate()
+        signal.alarm(LEAVE_WITHIN)
+
+    previous = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGALRM)}
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def check_address(url: str, num_machines: int, machine_rank: int) -> None:
+    """Raises D2kdError if the processes cannot meet at ``--dist-url``."""
+    if url == "auto" and num_machines > 1:
+        raise D2kdError("several machines need --dist-url tcp://<address of the first>:<free port>, the same on all")
+    address = urlparse(url)
+    if address.scheme != "tcp" or machine_rank > 0:
+        return
+    try:
+        port = address.port or 0
+        socket.create_server(("", port)).close()
+    except (OSError, ValueError) as error:
+        raise D2kdError(
+            f"--dist-url {url}: the port cannot be used ({error}), perhaps by another run; leave it out or name another"
+        ) from error

@@ -1,0 +1,59 @@
+"""Logs of a run: detectron2's handlers while it lasts."""
+
+import logging
+import sys
+import traceback
+from contextlib import contextmanager
+from typing import Iterator, Sequence
+
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+
+from ..data.coco import Remark
+
+LOGGERS = ("detectron2", "fvcore", "d2kd")
+
+
+@contextmanager
+def run_logs(folder: str) -> Iterator[None]:
+    """Logs to the terminal and to ``log.txt`` in a folder; puts the loggers back to what they were afterwards.
+
+    Tracebacks of exceptions that end the run are left to who catches them: detectron2's training loop logs none.
+    """
+    before = {name: (x.level, x.propagate, list(x.handlers)) for name in LOGGERS for x in [logging.getLogger(name)]}
+    loop = logging.getLogger("detectron2.engine.train_loop")
+    loop.addFilter(_has_no_traceback)
+    for name in LOGGERS:
+        setup_logger(folder, distributed_rank=comm.get_rank(), name=name)
+    try:
+        yield
+    except Exception:
+        _write_to_files(traceback.format_exc())
+        raise
+    finally:
+        loop.removeFilter(_has_no_traceback)
+        for name, (level, propagate, handlers) in before.items():
+            logger = logging.getLogger(name)
+            logger.handlers[:] = handlers
+            logger.setLevel(level)
+            logger.propagate = propagate
+        setup_logger.cache_clear()  # it adds no handlers a second time to a logger that it remembers
+
+
+def _has_no_traceback(record: logging.LogRecord) -> bool:
+    return not record.exc_info
+
+
+def _write_to_files(text: str) -> None:
+    """Writes to the log files alone: on the terminal the command itself says how it ended."""
+    logger = logging.getLogger("d2kd")
+    record = logger.makeRecord(logger.name, logging.ERROR, __file__, 0, text, (), None)
+    for handler in logger.handlers:
+        if isinstance(handler, logging.StreamHandler) and handler.stream not in (sys.stdout, sys.stderr):
+            handler.handle(record)
+
+
+def log_remarks(remarks: Sequence[Remark]) -> None:
+    """Logs what the checks of the data have found."""
+    for level, text in remarks:
+        logging.getLogger(__name__).log(level, text)
