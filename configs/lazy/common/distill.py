@@ -20,7 +20,7 @@ WEIGHTS = {
 
 
 def distill(model, student, teacher, methods):
-    """Sets the class, teacher (a YAML config with mmdetection's weights for the same detector) and methods of a model."""
+    """Sets the class, the teacher (a YAML config with mmdetection's weights for it) and the methods of a model."""
     model._target_ = student
     model.teacher = L(load_teacher)(
         config_file=str(Path(__file__).parents[2] / f"{teacher}.yaml"), weights=MMDET + WEIGHTS[teacher]
