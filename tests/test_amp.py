@@ -114,6 +114,5 @@ def test_a_loss_that_is_not_finite_is_still_traced_to_its_level(teachers):
     model = student(teachers, "RetinaNet", ["CrossKD"])
     model.head.cls_score.bias.data.fill_(float("nan"))
     trainer = amp_trainer(model, [batch()], torch.optim.SGD(model.parameters(), lr=0.1), "bfloat16")
-    Watch(trainer)
-    with pytest.raises(D2kdError, match="not finite already: student p3"):
+    with Watch(trainer), pytest.raises(D2kdError, match="not finite already: student p3"):
         trainer.train(0, 1)

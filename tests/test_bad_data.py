@@ -18,13 +18,12 @@ from PIL import Image
 from small import CONFIGS
 
 from d2kd.checkpoint import files
-from d2kd.data import check_coco, images, register_coco
-from d2kd.data import coco as check
+from d2kd.data import check_coco, coco, images, register_coco
 from d2kd.data.bad_images import EvaluationMapper
+from d2kd.data.checks import check_datasets
 from d2kd.data.loader import build_train_loader
 from d2kd.diagnose.preflight import draw
 from d2kd.engine import main
-from d2kd.engine.checks import check_datasets, tell_datasets
 from d2kd.errors import D2kdError
 from d2kd.experiments.pictures import read_metrics
 
@@ -330,13 +329,13 @@ def test_classes_in_another_order_name_both_files(tmp_path):
     content["categories"][0]["id"] = 2  # the same order, other ids
     for annotation in content["annotations"]:
         annotation["category_id"] = 2
-    check_datasets([train, register(tmp_path, "same", content)], 2, "KEY")
+    check_datasets([train, register(tmp_path, "same", content)], ("KEY", 2))
     content["categories"][0]["id"] = 4
     for annotation in content["annotations"]:
         annotation["category_id"] = 4
     val = register(tmp_path, "val", content)
     with pytest.raises(D2kdError, match=r"class 0 is 'cell' in .*train\.json, but 'plate' in .*val\.json; give both"):
-        check_datasets([train, val], 2, "KEY", evaluated=[val])
+        check_datasets([train, val], ("KEY", 2), evaluated=[val])
 
 
 def test_other_classes_than_registered_are_refused(tmp_path):
@@ -344,32 +343,32 @@ def test_other_classes_than_registered_are_refused(tmp_path):
     own = register(tmp_path, "train", content_of())
     MetadataCatalog.get(own).thing_classes = ["cat", "dog"]
     with pytest.raises(D2kdError, match=r"is registered with other categories than .*train\.json has; register"):
-        check_datasets([own], 2, "KEY")
+        check_datasets([own], ("KEY", 2))
 
 
-def test_files_are_examined_once_and_again_when_they_change(tmp_path, monkeypatch):
+def test_a_file_is_examined_once_in_a_run(tmp_path, monkeypatch):
     examined = []
-    examine = check.examine_coco
-    monkeypatch.setattr("d2kd.engine.checks.examine_coco", lambda path: examined.append(path) or examine(path))
+    examine = coco.examine_coco
+    monkeypatch.setattr("d2kd.data.checks.examine_coco", lambda path: examined.append(path) or examine(path))
     content = content_of()
+    content["annotations"][0]["bbox"][2] = 0
     own = register(tmp_path, "train", content)
-    for _ in range(2):
-        check_datasets([own, own], 2, "KEY")
-        tell_datasets([own])
-    assert len(examined) == 1
+    remarks = check_datasets([own, own], ("KEY", 2))
+    assert examined == [str(tmp_path / "train.json")]
+    assert [level for level, text in remarks if "boxes without area" in text] == [logging.WARNING]
     content["categories"].append({"id": 4, "name": "third"})
     write(tmp_path, content, "train.json")
     with pytest.raises(D2kdError, match="has 3 categories"):
-        check_datasets([own], 2, "KEY")
+        check_datasets([own], ("KEY", 2))
 
 
 def test_only_what_is_evaluated_needs_all(tmp_path):
     content = content_of()
     del content["annotations"][0]["area"]
     own = register(tmp_path, "train", content)
-    check_datasets([own], 2, "KEY", evaluated=["another"])
+    check_datasets([own], ("KEY", 2), evaluated=["another"])
     with pytest.raises(D2kdError, match="has no area"):
-        check_datasets([own], 2, "KEY", evaluated=[own])
+        check_datasets([own], ("KEY", 2), evaluated=[own])
 
 
 def test_missing_images_are_counted_over_the_whole_set(tmp_path, monkeypatch):

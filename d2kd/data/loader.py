@@ -15,13 +15,14 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tupl
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetFromList, build_detection_train_loader
-from detectron2.data.build import _train_loader_from_config, trivial_batch_collator
+from detectron2.data.build import trivial_batch_collator
 from detectron2.data.samplers import GroupedBatchSampler, TrainingSampler
 from detectron2.utils import comm
 from detectron2.utils.serialize import PicklableWrapper
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from ..errors import D2kdError
+from ..private import train_loader_from_config
 from .bad_images import BAD_IMAGES, SKIP
 from .images import image_fault
 from .randomness import SAMPLES, seeded
@@ -105,7 +106,7 @@ class ResumableBatches(Sampler):
 
 def _from_config(cfg: CfgNode, **kwargs: Any) -> Dict[str, Any]:
     own = {"seed": cfg.SEED, "skip_bad_images": cfg.DATALOADER.SKIP_BAD_IMAGES}
-    return {**_train_loader_from_config(cfg, **kwargs), **own}
+    return {**train_loader_from_config(cfg, **kwargs), **own}
 
 
 @configurable(from_config=_from_config)

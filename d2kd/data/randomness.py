@@ -6,25 +6,38 @@ from typing import Iterator
 
 import numpy as np
 import torch
-from detectron2.utils.env import seed_all_rng
 
 # Second number of each seed, so that samples and iterations draw from different streams.
 SAMPLES, ITERATIONS = 0, 1
 
 
 def seed_all(*numbers: int) -> None:
-    """Seeds torch (all devices), numpy and Python from several non-negative integers."""
-    seed_all_rng(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
+    """Seeds torch (the CPU, and CUDA where it is in use), numpy and Python from several non-negative integers."""
+    seed = _seed_cpu(*numbers)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
 
 
 @contextmanager
 def seeded(*numbers: int) -> Iterator[None]:
-    """Calls :func:`seed_all`, and puts the states of numpy, Python and torch's CPU generator back afterwards."""
+    """Seeds what code on the CPU draws from, and puts the states of torch, numpy and Python back afterwards.
+
+    CUDA's generators are left alone: they belong to the model.
+    """
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    seed_all(*numbers)
+    _seed_cpu(*numbers)
     try:
         yield
     finally:
         torch.set_rng_state(states[0])
         np.random.set_state(states[1])
         random.setstate(states[2])
+
+
+def _seed_cpu(*numbers: int) -> int:
+    """Returns the 32-bit seed that it used. Not ``torch.manual_seed``, which takes 0.3 ms where CUDA is not in use."""
+    seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
+    torch.default_generator.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
+    return seed

@@ -82,7 +82,8 @@ class Trainer(DefaultTrainer):
         """
         if self.start_iter == 0:
             check_teacher(self.checkpointer.model, self.data_loader, self.recipe.options.preflight)
-        TrainerBase.train(self, self.start_iter, self.max_iter)
+        with self.watch:
+            TrainerBase.train(self, self.start_iter, self.max_iter)
         if self.recipe.get("TEST.EXPECTED_RESULTS") and comm.is_main_process():
             verify_results(self.cfg, self.results)
         return self.results

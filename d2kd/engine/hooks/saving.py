@@ -40,13 +40,6 @@ class Saving(hooks.PeriodicCheckpointer):
         self._watch = watch
         self._normalizers: List[Optional[float]] = []
 
-    def before_train(self) -> None:
-        super().before_train()
-        self._watch.listen()
-
-    def after_train(self) -> None:
-        self._watch.restore()
-
     def after_step(self) -> None:
         iteration = self.trainer.iter
         is_last = iteration + 1 >= self.trainer.max_iter

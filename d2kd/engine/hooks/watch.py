@@ -1,6 +1,7 @@
 """What each process watches for in a step, and how all of them learn of it."""
 
 import signal
+from contextlib import ExitStack
 from typing import Any, Dict, List, NoReturn, Sequence
 
 import torch
@@ -16,7 +17,7 @@ class Watch(HookBase):
     """Watches the losses and SIGTERM. All processes learn of both by one reduction of a few bytes in each step.
 
     A loss that is not finite ends training before the weights are touched; the error names the loss, the levels and
-    the images. SIGTERM only sets ``stop``.
+    the images. SIGTERM only sets ``stop``. Use it as a context while training.
 
     Args:
         trainer: runs the steps; the hook registers itself.
@@ -28,20 +29,23 @@ class Watch(HookBase):
     def __init__(self, trainer: SimpleTrainer) -> None:
         self.stop = False
         self._signaled = False
-        self._previous_handler: Any = signal.SIG_DFL
         self._batch: List[Dict[str, Any]] = []
         self._losses: Dict[str, Tensor] = {}
-        trainer.model.register_forward_pre_hook(self._keep_batch)
-        trainer.model.register_forward_hook(self._keep_losses)
+        self._watching = ExitStack()
         trainer.register_hooks([self])
 
-    def listen(self) -> None:
-        """Handles SIGTERM from now on; see :meth:`restore`."""
-        self._previous_handler = signal.signal(signal.SIGTERM, self._on_sigterm)
+    def __enter__(self) -> "Watch":
+        model = self.trainer.model
+        for handle in (
+            model.register_forward_pre_hook(self._keep_batch),
+            model.register_forward_hook(self._keep_losses),
+        ):
+            self._watching.callback(handle.remove)
+        self._watching.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, self._on_sigterm))
+        return self
 
-    def restore(self) -> None:
-        """Gives SIGTERM back to whom it belonged to."""
-        signal.signal(signal.SIGTERM, self._previous_handler)
+    def __exit__(self, *_: Any) -> None:
+        self._watching.close()
 
     def after_backward(self) -> None:
         losses = torch.stack([loss.float() for loss in self._losses.values()])
