@@ -364,7 +364,7 @@ def test_a_detector_that_starts_at_p2() -> None:
         (("MODEL.FPN.EXTRA.IN_FEATURE", "p4"), r"IN_FEATURE is 'p4'; use one of res5, p5, lateral5"),
         (("MODEL.FPN.EXTRA.IN_FEATURE", "laterl5"), "did you mean lateral5"),
         (("MODEL.FPN.IN_FEATURES", "['res2', 'res3']"), "MODEL.FPN.IN_FEATURES is 'res2'; use one of res3, res4, res5"),
-        (("MODEL.FPN.IN_FEATURES", "['res3', 'res5']"), "res3, res5 leaves stages out"),
+        (("MODEL.FPN.IN_FEATURES", "['res3', 'res5']"), "res3, res5; list consecutive stages"),
         (("MODEL.GFL.IN_FEATURES", "['p3', 'p7']"), "MODEL.GFL.IN_FEATURES is 'p7'; use one of p3, p4, p5, p6"),
     ],
 )

@@ -242,7 +242,7 @@ def test_schedule_scales_a_methods_losses(teacher_file):
 
 
 def test_wrong_schedules_are_refused(teacher_file):
-    with pytest.raises(D2kdError, match="DECAY 30 must lie before END 20"):
+    with pytest.raises(D2kdError, match="DECAY 30 must be before END 20"):
         make(teacher_file, "MODEL.DISTILL.SCHEDULE.PKD.DECAY", "30", "MODEL.DISTILL.SCHEDULE.PKD.END", "20")
 
 

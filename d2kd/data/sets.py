@@ -1,4 +1,4 @@
-"""COCO-format data sets: where they lie, and their registration with detectron2."""
+"""COCO-format data sets: their location, and their registration with detectron2."""
 
 import json
 import os
@@ -14,15 +14,15 @@ BUILTIN_SPLITS = {"blood_cells": ("train", "val"), "bccd": ("train", "val", "tes
 
 
 def dataset_root() -> Path:
-    """Returns the folder of all data sets: the variable ``DETECTRON2_DATASETS``, or ``datasets`` if it is not set."""
+    """Returns the folder of all data sets: the environment variable ``DETECTRON2_DATASETS``, or else ``datasets``."""
     return Path(os.environ.get("DETECTRON2_DATASETS", "datasets")).expanduser()
 
 
 def register_coco(name: str, json_file: Union[str, Path], image_root: Union[str, Path]) -> None:
-    """Registers a data set in COCO's format with detectron2 under ``name``.
+    """Registers a data set in COCO format with detectron2 under ``name``.
 
-    Nothing is read: the files are needed only when the data set is used. Registering the same files again under the
-    same name changes nothing.
+    No file is read: the files are needed only when the data set is used. Registering the same files again under the
+    same name has no effect.
 
     Args:
         name: the name to use in ``DATASETS.TRAIN`` and ``DATASETS.TEST``.
@@ -30,7 +30,7 @@ def register_coco(name: str, json_file: Union[str, Path], image_root: Union[str,
         image_root: the folder that the file names in ``json_file`` are relative to.
 
     Raises:
-        D2kdError: ``name`` is already taken by other files.
+        D2kdError: ``name`` is already registered for other files.
     """
     files = {"json_file": os.path.abspath(json_file), "image_root": os.path.abspath(image_root)}
     if name not in DatasetCatalog:
@@ -41,7 +41,7 @@ def register_coco(name: str, json_file: Union[str, Path], image_root: Union[str,
     taken = {key: os.path.abspath(metadata.get(key, "")) for key in files}
     if taken != files:
         raise D2kdError(
-            f"the data set name '{name}' already stands for {metadata.get('json_file', 'another data set')} with "
+            f"the data set name '{name}' is already used for {metadata.get('json_file', 'another data set')} with "
             f"images in {metadata.get('image_root', 'no folder')}; choose another name for {json_file} with images in "
             f"{image_root}"
         )
@@ -54,7 +54,7 @@ def register_builtin(root: Union[str, Path]) -> None:
         root: the folder of all data sets; ``root/bccd`` then holds ``instances_<split>.json`` and ``images``.
 
     Raises:
-        D2kdError: one of the names is already taken by other files, for instance under another root.
+        D2kdError: one of the names is already registered for other files, for instance under another root.
     """
     for folder, splits in BUILTIN_SPLITS.items():
         for split in splits:
@@ -64,10 +64,10 @@ def register_builtin(root: Union[str, Path]) -> None:
 
 
 def write_coco(content: Dict[str, Any], json_file: Path) -> None:
-    """Writes an annotation file in one step, so that it is never seen half written.
+    """Writes an annotation file atomically, so that no reader sees a partial file.
 
     Args:
-        content: the annotations in COCO's format.
+        content: the annotations in COCO format.
         json_file: the file to write or replace.
     """
     temporary = json_file.with_name(json_file.name + ".tmp")

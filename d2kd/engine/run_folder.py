@@ -14,7 +14,7 @@ from detectron2.utils.file_io import PathManager
 
 from ..checkpoint import files
 from ..checkpoint.names import some
-from ..checkpoint.run_checkpoints import checkpoints_in, told_on_failure
+from ..checkpoint.run_checkpoints import checkpoints_in, report_write_errors
 from ..errors import D2kdError
 from .recipe import Recipe
 
@@ -86,7 +86,7 @@ class RunFolder:
         if self.recipe.teacher:
             content[self._teacher_file] = describe_file(self.recipe.teacher)
         for path, value in content.items():
-            with told_on_failure(path):
+            with report_write_errors(path):
                 files.write_text(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
 
     @property

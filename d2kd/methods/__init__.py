@@ -1,4 +1,4 @@
-"""The distillation methods: one file each, registered by the import below."""
+"""Distillation methods, one file each. Importing a method registers it."""
 
 from .base import METHOD_REGISTRY, FeatureMethod, Method, build_method, method_defaults, method_names
 from .crosskd import CrossKD
