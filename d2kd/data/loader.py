@@ -22,9 +22,9 @@ from detectron2.utils.serialize import PicklableWrapper
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from ..errors import D2kdError
-from ..keys import key
+from ..keys import key, setting
 from ..private import train_loader_from_config
-from .bad_images import BAD_IMAGES, SKIP
+from .bad_images import BAD_IMAGES
 from .images import image_fault
 from .randomness import SAMPLES, seeded
 
@@ -52,7 +52,7 @@ class SeededDataset(Dataset):
         """Returns the sample for (index in the data set, position in the stream).
 
         Raises:
-            D2kdError: an image cannot be read, or the mapper made nothing of many samples in a row.
+            D2kdError: an image cannot be read, or the mapper returned None for many samples in a row.
         """
         index, position = place
         faults: Dict[str, str] = {}
@@ -66,7 +66,7 @@ class SeededDataset(Dataset):
         raise D2kdError(f"{TRIES} images in a row could not be used{first}; check the training set's files")
 
     def _sample(self, entry: Any, faults: Dict[str, str]) -> Any:
-        """What the mapper makes of a dataset dict, or None if the image cannot be read; the fault is noted then."""
+        """Maps a dataset dict to a sample; returns None and records the fault if the image cannot be read."""
         try:
             return self.mapper(entry)
         except Exception as error:
@@ -74,18 +74,19 @@ class SeededDataset(Dataset):
             if not fault:
                 raise
             if not self.skip_bad_images:
-                raise D2kdError(f"{fault}; mend the file or its entry, or set {SKIP} to train without it") from error
+                skip = setting("DATALOADER.SKIP_BAD_IMAGES", True)
+                raise D2kdError(f"{fault}; fix the file or its entry, or set {skip} to train without it") from error
         faults[entry["file_name"]] = fault
         return None
 
 
 class ResumableBatches(Sampler):
-    """Batches of (index, position) of this process, from any iteration on.
+    """Batches of (index, position) of this process, starting at any iteration.
 
     Args:
         sampler: an endless stream of indices.
-        groups: of each index: a batch is of one group.
-        batch_size: images of a batch.
+        groups: the group of each index; a batch holds indices of one group.
+        batch_size: number of images in a batch.
     """
 
     def __init__(self, sampler: Sampler, groups: Sequence[int], batch_size: int) -> None:
