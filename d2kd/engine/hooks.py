@@ -3,7 +3,8 @@
 import logging
 import os
 import signal
-from contextlib import ExitStack, suppress
+import sys
+from contextlib import ExitStack
 from typing import Any, Dict, List, Optional, Sequence
 
 import torch
@@ -17,7 +18,7 @@ from ..checkpoint.run_checkpoints import RunCheckpointer, told_on_failure
 from ..data.bad_images import BadImages
 from ..data.loader import start_at
 from ..data.randomness import ITERATIONS, seed_all
-from ..diagnose.finite import levels_not_finite
+from ..diagnose.finite import levels_after_error
 from ..errors import D2kdError
 
 #: Exit status after SIGTERM: sysexits.h's EX_TEMPFAIL, "try again later".
@@ -193,16 +194,14 @@ class FiniteLosses(HookBase):
 
     def iteration(self) -> str:
         """The iteration, for an error in it: some losses raise one when they are given numbers that are not finite."""
-        levels = ""
-        with suppress(Exception):  # what raised the error may raise again
-            levels = self._levels()
+        levels = self._levels(sys.exc_info()[1])
         return f"iteration {self.trainer.iter}{levels and f'{levels} on images {self._images()}'}"
 
-    def _levels(self) -> str:
+    def _levels(self, error: Optional[BaseException] = None) -> str:
         model = self.trainer.model
         while hasattr(model, "module"):  # DDP, Autocast
             model = model.module
-        levels = levels_not_finite(model, self._batch)
+        levels = levels_after_error(error, model, self._batch)
         return f" (not finite already: {', '.join(levels)})" if levels else ""
 
     def _images(self) -> str:

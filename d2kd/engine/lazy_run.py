@@ -15,13 +15,13 @@ from torch import nn
 
 from ..checkpoint import load_strict
 from ..checkpoint.run_checkpoints import RunCheckpointer
-from ..config import AMP_DTYPE, PREFLIGHT_IMAGES, find_config
+from ..config import AMP_DTYPE, PREFLIGHT_IMAGES, drop_teacher, find_config
 from ..data.bad_images import EvaluationMapper
 from ..data.loader import build_train_loader
 from ..data.randomness import seeded
 from ..diagnose.preflight import check_teacher
 from ..errors import D2kdError, nearest
-from ..signatures import parameters
+from ..signatures import arguments
 from .checks import check_datasets, check_learning_rate, check_weights_file, tell_datasets, usable_device
 from .hooks import EMA, FiniteLosses, run_hooks
 from .precision import amp_trainer
@@ -56,8 +56,7 @@ def prepare(args: argparse.Namespace) -> DictConfig:
             raise D2kdError(f"{args.config_file} defines no {part}; see configs/lazy/retinanet_R50.py")
     cfg.train.device = usable_device(cfg.train.device)
     if args.eval_only:
-        if "teacher" in cfg.model:  # evaluation neither builds nor needs it
-            cfg.model.methods, cfg.model.teacher, cfg.model.inherit = [], None, []
+        drop_teacher(cfg)
     else:
         check_weights_file(cfg.train.init_checkpoint, "train.init_checkpoint")
     evaluated = names_in(cfg.dataloader.test)
@@ -100,7 +99,7 @@ def known_keys(node: Any) -> List[str]:
         return []
     target = node.get("_target_")
     target = locate(target) if isinstance(target, str) else target
-    return [str(key) for key in node] + (list(parameters(target)) if target else [])
+    return [str(key) for key in node] + (list(arguments(target)) if target else [])
 
 
 def run_folder(cfg: DictConfig) -> RunFolder:
@@ -183,8 +182,7 @@ def train(args: argparse.Namespace, cfg: DictConfig, model: nn.Module) -> Dict[s
     losses = FiniteLosses(trainer)
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
     start = trainer.iter + 1 if args.resume and checkpointer.has_checkpoint() else 0
-    if start == 0:
-        check_teacher(checkpointer.model, trainer.data_loader, cfg.train.preflight)
+    check_teacher(checkpointer.model, trainer.data_loader, cfg.train.preflight if start == 0 else 0)
     with run_folder(cfg).telling(losses.iteration):
         trainer.train(start, cfg.train.max_iter)
     return results

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..checkpoint import load_strict
 from ..checkpoint.run_checkpoints import RunCheckpointer
-from ..config import detector_node, drop_teacher, load_config, rates_and_batches
+from ..config import detector_node, load_config, rates_and_batches
 from ..diagnose.preflight import check_teacher
 from ..errors import D2kdError
 from .checks import check_datasets, check_learning_rate, check_values, check_weights_file, tell_datasets, usable_device
@@ -32,12 +32,10 @@ def prepare(args: argparse.Namespace) -> CfgNode:
     Raises:
         D2kdError: something is wrong that can be seen before any training.
     """
-    cfg = load_config(args.config_file, args.opts)
+    cfg = load_config(args.config_file, args.opts, with_teacher=not args.eval_only)
     check_values(cfg)
     cfg.MODEL.DEVICE = usable_device(cfg.MODEL.DEVICE)
-    if args.eval_only:
-        drop_teacher(cfg)
-    else:
+    if not args.eval_only:
         check_weights_file(cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS")
     node = detector_node(cfg)
     if node is not None:
@@ -88,8 +86,8 @@ def run(args: argparse.Namespace, cfg: CfgNode) -> Dict[str, Any]:
     check_learning_rate(list(rates_and_batches(args.config_file, args.opts)), "SOLVER.BASE_LR")
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=args.resume)
-    if trainer.start_iter == 0:
-        check_teacher(trainer.checkpointer.model, trainer._trainer.data_loader, cfg.MODEL.DISTILL.PREFLIGHT)
+    images = cfg.MODEL.DISTILL.PREFLIGHT if trainer.start_iter == 0 else 0
+    check_teacher(trainer.checkpointer.model, trainer._trainer.data_loader, images)
     with run_folder(cfg).telling(trainer.losses.iteration):
         return trainer.train() or getattr(trainer, "_last_eval_results", {})
 

@@ -4,14 +4,12 @@ import json
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Sequence, Tuple
 
-import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.image import imread
+from matplotlib.patches import Rectangle
 
 from ..methods import method_names
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from matplotlib.axes import Axes
-from matplotlib.patches import Rectangle
 
 COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown")
 
@@ -39,7 +37,8 @@ def draw_curves(runs: Mapping[str, Path], file: Path) -> None:
         runs: output folder of each run by its label.
         file: the picture to write.
     """
-    figure, (losses, aps) = plt.subplots(1, 2, figsize=(11, 4))
+    figure = Figure(figsize=(11, 4))  # without pyplot, which would choose a backend for the whole process
+    losses, aps = figure.subplots(1, 2)
     for colour, (label, folder) in zip(COLOURS * len(runs), runs.items()):
         records = read_metrics(folder)
         own = [(r["iteration"], detection_loss(r)) for r in records if "total_loss" in r]
@@ -51,7 +50,6 @@ def draw_curves(runs: Mapping[str, Path], file: Path) -> None:
     aps.legend()
     figure.tight_layout()
     figure.savefig(file, dpi=110)
-    plt.close(figure)
 
 
 def detection_loss(record: Mapping[str, Any]) -> float:
@@ -79,11 +77,10 @@ def draw_grid(
     for label, results in runs.items():
         columns[label] = [d for d in json.loads(results.read_text()) if d["score"] >= min_score]
     shown = truth["images"][:: max(len(truth["images"]) // num_images, 1)][:num_images]
-    figure, axes = plt.subplots(
-        len(shown), len(columns), figsize=(3 * len(columns), 2.4 * len(shown)), squeeze=False, layout="constrained"
-    )
+    figure = Figure(figsize=(3 * len(columns), 2.4 * len(shown)), layout="constrained")
+    axes = figure.subplots(len(shown), len(columns), squeeze=False)
     for row, image in zip(axes, shown):
-        pixels = plt.imread(images / image["file_name"])
+        pixels = imread(images / image["file_name"])
         for axis, (label, boxes) in zip(row, columns.items()):
             axis.imshow(pixels)
             axis.set_axis_off()
@@ -93,7 +90,6 @@ def draw_grid(
     handles = [Rectangle((0, 0), 1, 1, fill=False, edgecolor=c) for c in COLOURS[: len(names)]]
     figure.legend(handles, [names[i] for i in sorted(names)], loc="outside lower center", ncols=len(names))
     figure.savefig(file, dpi=110)
-    plt.close(figure)
 
 
 def _draw_boxes(axis: Axes, boxes: Sequence[Dict[str, Any]], categories: List[int]) -> None:
