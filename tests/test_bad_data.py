@@ -471,10 +471,7 @@ def test_training_names_the_image_it_cannot_read(how, workers, tmp_path):
     message = str(caught.value)
     assert message.startswith(f"the image {tmp_path}/images/b.png (id 2) cannot be used: ")
     assert reason in message
-    assert message.endswith(
-        "; mend the file or its entry, or set DATALOADER.SKIP_BAD_IMAGES True (LazyConfig: train.skip_bad_images=True) "
-        "to train without it"
-    )
+    assert message.endswith("; fix the file or its entry, or set DATALOADER.SKIP_BAD_IMAGES True to train without it")
     assert "\n" not in message
 
 
@@ -500,7 +497,7 @@ def test_an_error_of_the_system_is_told_though_it_is_gone(tmp_path):
         raise OSError(5, "Input/output error")
 
     write(tmp_path, content_of())
-    with pytest.raises(D2kdError, match=r"the image .* cannot be used: Input/output error; mend"):
+    with pytest.raises(D2kdError, match=r"the image .* cannot be used: Input/output error; fix"):
         next(iter(loader(tmp_path, mapper=fails)))
 
 

@@ -14,7 +14,7 @@ from detectron2.utils.events import EventStorage
 from small import batch, build, gradients, small_config, step
 from torch import Tensor, nn
 
-from d2kd.contract import check_contract
+from d2kd.contract import Dense, check_contract, members
 from d2kd.errors import D2kdError
 from d2kd.modeling import ExtraLevels, make_fpn, make_resnet
 
@@ -271,7 +271,7 @@ def test_a_broken_contract_is_named() -> None:
     bare = Bare()
     with pytest.raises(D2kdError, match=r"Bare has no backbone, .*, label_anchors, losses; give it these"):
         check_contract(bare)
-    for part in ("backbone", "head", "head_in_features", "num_classes", "anchor_generator", "box2box_transform"):
+    for part in members(Dense):
         setattr(bare, part, None)
     with pytest.raises(D2kdError, match="Bare has no label_anchors, losses;"):
         check_contract(bare, with_head=False)

@@ -13,7 +13,6 @@ from .images import image_fault
 
 #: Key of a sample: what is wrong with each image that it replaces, by file name. Key of the metrics: their number.
 BAD_IMAGES = "bad_images"
-SKIP = "DATALOADER.SKIP_BAD_IMAGES True (LazyConfig: train.skip_bad_images=True)"
 
 
 class EvaluationMapper:

@@ -1,6 +1,7 @@
 """COCO-format data sets: their location, and their registration with detectron2."""
 
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any, Dict, Union
@@ -50,17 +51,19 @@ def register_coco(name: str, json_file: Union[str, Path], image_root: Union[str,
 def register_builtin(root: Union[str, Path]) -> None:
     """Registers ``blood_cells_{train,val}`` and ``bccd_{train,val,test}``, expected in folders of those names.
 
+    A name that is registered already with other files stays as it is, with a warning.
+
     Args:
         root: the folder of all data sets; ``root/bccd`` then holds ``instances_<split>.json`` and ``images``.
-
-    Raises:
-        D2kdError: one of the names is already registered for other files, for instance under another root.
     """
     for folder, splits in BUILTIN_SPLITS.items():
         for split in splits:
-            register_coco(
-                f"{folder}_{split}", Path(root, folder, f"instances_{split}.json"), Path(root, folder, "images")
-            )
+            try:
+                register_coco(
+                    f"{folder}_{split}", Path(root, folder, f"instances_{split}.json"), Path(root, folder, "images")
+                )
+            except D2kdError as error:
+                logging.getLogger(__name__).warning("Data set not registered: %s", error)
 
 
 def write_coco(content: Dict[str, Any], json_file: Path) -> None:

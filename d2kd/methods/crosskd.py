@@ -25,10 +25,9 @@ Deviations from the authors' code, none of which affects a typical batch:
 
 from typing import Any, List, Sequence, Tuple
 
-from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from torch import Tensor, nn
 
-from ..contract import level_channels
+from ..contract import Dense, level_channels
 from ..dense import DenseOutputs
 from ..errors import D2kdError
 from ..heads import TOWERS, Cut, cross_head, split_tower
@@ -62,7 +61,7 @@ class CrossKD(ResponseKD):
     def cuts(self) -> Sequence[Cut]:
         return (self.cut,)
 
-    def setup(self, student: DenseDetector, teacher: DenseDetector, channels: Channels) -> None:
+    def setup(self, student: Dense, teacher: Dense, channels: Channels) -> None:
         given, wanted = (tower_channels(detector, self.cut) for detector in (student, teacher))
         if given != wanted:
             raise D2kdError(
@@ -101,8 +100,8 @@ def align_scale(student: Tensor, teacher: Tensor, sync: bool = False) -> Tensor:
     return (student.float() - mean) / (std + 1e-6) * teacher_std + teacher_mean
 
 
-def tower_channels(detector: DenseDetector, cut: Cut) -> Tuple[int, ...]:
-    """Returns the channels of the class tower and the box tower of a detector's head at a cut."""
+def tower_channels(detector: Dense, cut: Cut) -> Tuple[int, ...]:
+    """Channels of the class and the box tower of a detector's head at a cut."""
     channels = []
     for name in TOWERS:
         tower = getattr(detector.head, name)

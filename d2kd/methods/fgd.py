@@ -32,10 +32,10 @@ Deviations from their code:
 from typing import Any, Dict, List, Tuple
 
 import torch
-from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ..contract import Dense
 from ..dense import DenseOutputs, Targets
 from ..errors import D2kdError
 from .base import METHOD_REGISTRY, Channels, FeatureMethod
@@ -75,11 +75,13 @@ class FGD(FeatureMethod):
             raise D2kdError(f"FGD's temperature is {temperature}; choose a value above 0 (published: 0.5 and 0.8)")
         self.temperature = temperature
         self.weights = {"fg": alpha, "bg": beta, "attention": gamma, "relation": lambda_}
+        if not min(self.weights.values()) >= 0:
+            raise D2kdError(f"FGD's alpha, beta, gamma and lambda_ are {alpha, beta, gamma, lambda_}; set 0 or more")
         self.unpadded = unpadded
         self.student_contexts = nn.ModuleList()
         self.teacher_contexts = nn.ModuleList()
 
-    def setup(self, student: DenseDetector, teacher: DenseDetector, channels: Channels) -> None:
+    def setup(self, student: Dense, teacher: Dense, channels: Channels) -> None:
         super().setup(student, teacher, channels)
         self.student_contexts = nn.ModuleList(GlobalContext(theirs) for _, theirs in channels)
         self.teacher_contexts = nn.ModuleList(GlobalContext(theirs) for _, theirs in channels)

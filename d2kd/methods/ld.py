@@ -16,10 +16,10 @@ the class loss is divided by is averaged over workers; and ``true_diou`` defines
 from typing import Dict, List, Sequence
 
 import torch
-from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import Boxes, pairwise_ioa, pairwise_iou
 from torch import Tensor
 
+from ..contract import Dense
 from ..dense import DenseOutputs, Targets
 from ..errors import D2kdError
 from ..losses import kl_divergence_loss
@@ -73,7 +73,7 @@ class LD(Method):
         self.true_diou = true_diou
         self.per_image = per_image
 
-    def setup(self, student: DenseDetector, teacher: DenseDetector, channels: Channels) -> None:
+    def setup(self, student: Dense, teacher: Dense, channels: Channels) -> None:
         own, theirs = (getattr(detector.box2box_transform, "reg_max", None) for detector in (student, teacher))
         if own is None or own != theirs:
             raise D2kdError(
@@ -103,7 +103,8 @@ class LD(Method):
         )
 
     def _box_loss(self, student: DenseOutputs, teacher: DenseOutputs, weights: Tensor) -> Tensor:
-        used, num_bins = weights > 0, student.detector.box2box_transform.reg_max + 1
+        used, num_bins = weights > 0, student.num_bins
+        assert num_bins is not None  # see setup
         own, theirs = (outputs.box_predictions[used] for outputs in (student, teacher))
         loss = ld_loss(own, theirs, weights[used], num_bins, self.temperature)
         return loss / len(weights) if self.per_image else loss

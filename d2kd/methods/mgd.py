@@ -12,9 +12,9 @@ from typing import Dict, Tuple
 
 import torch
 import torch.nn.functional as F
-from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from torch import Tensor, nn
 
+from ..contract import Dense
 from ..dense import DenseOutputs, Targets
 from ..errors import D2kdError
 from .base import METHOD_REGISTRY, Channels, FeatureMethod
@@ -40,7 +40,7 @@ class MGD(FeatureMethod):
         self.mask_ratio = mask_ratio
         self.generators = nn.ModuleList()
 
-    def setup(self, student: DenseDetector, teacher: DenseDetector, channels: Channels) -> None:
+    def setup(self, student: Dense, teacher: Dense, channels: Channels) -> None:
         super().setup(student, teacher, channels)
         self.generators = nn.ModuleList(generation_block(theirs) for _, theirs in channels)
 

@@ -3,7 +3,7 @@
 Inference code must work with TorchScript and tracing: plain loops, no ``super()``, no ``Sequence``.
 """
 
-from typing import Any, ClassVar, Dict, List, Tuple, Type
+from typing import TYPE_CHECKING, Any, ClassVar, Dict, List, Tuple, Type
 
 import torch
 from detectron2.config import CfgNode
@@ -14,6 +14,7 @@ from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
 
+from ..contract import AnchorGenerator, BoxCoder, check_distills
 from ..errors import D2kdError, check_choice
 from ..signatures import defaults
 from ..workers import at_least_one
@@ -35,6 +36,18 @@ class OneAnchorDetector(DenseDetector):
     head_class: ClassVar[Type[RetinaNetHead]]
     #: See :class:`DistillMetaArch`.
     sync_normalizer = False
+
+    if TYPE_CHECKING:  # TorchScript would read these declarations
+        pixel_mean: Tensor
+        pixel_std: Tensor
+        num_classes: int
+        anchor_generator: AnchorGenerator
+        box2box_transform: BoxCoder
+        test_score_thresh: float
+        test_topk_candidates: int
+        test_nms_thresh: float
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
     @classmethod
     def config_defaults(cls) -> Dict[str, Any]:
@@ -58,6 +71,8 @@ class OneAnchorDetector(DenseDetector):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> Dict[str, Any]:
+        if "DISTILL" in cfg.MODEL:
+            check_distills(cls, cfg.MODEL.DISTILL)
         node = cfg.MODEL[cls.config_node]
         backbone = build_backbone(cfg)
         shapes = backbone.output_shape()
