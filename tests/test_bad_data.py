@@ -169,7 +169,7 @@ REFUSED = {
     ),
     "crowds alone": (
         lambda content: [a.update(iscrowd=1) for a in content["annotations"]],
-        "no image has a usable box, that is one with an area, inside its image and with iscrowd 0; ",
+        "no image has a usable box (with an area, inside its image and with iscrowd 0); ",
     ),
     "flat boxes alone": (
         lambda content: [a.update(bbox=[4, 5, 0, 10]) for a in content["annotations"]],
@@ -378,7 +378,7 @@ def test_missing_images_are_counted_over_the_whole_set(tmp_path, monkeypatch):
     path = write(tmp_path, content)
     (tmp_path / "images" / "sub").mkdir()
     shutil.copy(tmp_path / "images" / "a.png", tmp_path / "images" / "sub" / "d.png")
-    first = "'x_0.png', 'x_1.png', 'x_2.png'; put the images there or give the folder"
+    first = "'x_0.png', 'x_1.png', 'x_2.png'; put the images there or set the folder"
     with pytest.raises(D2kdError, match=rf"30 of 36 images named in .*a\.json are not in .*images, such as {first}"):
         check_coco(path, tmp_path / "images")
     asked = []
