@@ -264,7 +264,9 @@ FCOS_LOSSES = {"loss_fcos_cls": "loss_cls", "loss_fcos_loc": "loss_bbox", "loss_
 KINDS = {
     "retinanet": Kind(RetinaNet, DistillRetinaNet, retinanet_args, {}),
     "gfl": Kind(GFL, DistillGFL, anchor_point_args, {key: key for key in ("loss_cls", "loss_bbox", "loss_dfl")}),
-    "atss": Kind(ATSS, DistillATSS, anchor_point_args, {key: key for key in ("loss_cls", "loss_bbox", "loss_centerness")}),
+    "atss": Kind(
+        ATSS, DistillATSS, anchor_point_args, {key: key for key in ("loss_cls", "loss_bbox", "loss_centerness")}
+    ),
     "fcos": Kind(FCOS, DistillFCOS, fcos_args, FCOS_LOSSES, FCOS_OPTIONS),
 }
 

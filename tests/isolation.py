@@ -94,7 +94,10 @@ def _restored_signals() -> Iterator[None]:
 def _restored_torch() -> Iterator[None]:
     dtype, threads, cudnn = torch.get_default_dtype(), torch.get_num_threads(), torch.backends.cudnn
     flags = (cudnn.benchmark, cudnn.deterministic)
-    deterministic = (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled())
+    deterministic = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
     try:
         yield
     finally:
