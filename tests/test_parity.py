@@ -1,7 +1,7 @@
 """Parity with numbers measured by running the authors' own code.
 
-``D2KD_GOLDENS`` names the folder of the goldens (default ``tests/goldens``). Cases are found by file name, and all sizes
-are read from the files. Tolerances: losses and predictions 1e-5 of the largest, gradients 1e-3 of the largest.
+``D2KD_GOLDENS`` names the folder of the goldens (default ``tests/goldens``). Cases are found by file name, and all
+sizes are read from the files. Tolerances: losses and predictions 1e-5 of the largest, gradients 1e-3 of the largest.
 """
 
 from pathlib import Path
