@@ -10,7 +10,9 @@ the class loss in the region's rest their code has the name only: its value is a
 As in both, the main loss is a sum, weighed by the student's own highest class score and not divided by the number of
 positives, so it grows with the number of boxes, and with the images of a worker: see ``per_image``. Deviations from the
 authors' code: images without ground truth give 0, where theirs raises; the positives that the class loss is divided by
-are averaged over workers; and ``true_diou`` defines the region as the paper does.
+are averaged over workers; and ``true_diou`` defines the region as the paper does. Their comparison of regions for
+imitation, which is :class:`FitNet` here, gives 0 on a level without positive anchors even if its region has places in
+it; here these places count.
 """
 
 from typing import Dict, List, Sequence
