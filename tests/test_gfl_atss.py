@@ -12,6 +12,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_model
 from detectron2.modeling.box_regression import Box2BoxTransform, Box2BoxTransformLinear
 from detectron2.structures import Boxes, pairwise_iou
+from detectron2.structures.boxes import matched_pairwise_iou
 from detectron2.utils.events import EventStorage
 from goldens import KINDS, Golden, Maps, cases, close, close_levels, image_list, level_names, strides_of, truths
 from goldens import zero_maps as maps_of
@@ -480,17 +481,35 @@ def test_detections(name: str) -> None:
         assert all(len(x["instances"]) == 0 for x in model(inputs))
 
 
+def fit(model: AnchorPointDetector, inputs: List[Dict[str, Any]]) -> Tuple[float, float]:
+    """Means over positive anchors: IoU of the predicted box with the ground truth, and score of its class."""
+    instances = [x["instances"] for x in inputs]
+    with torch.no_grad():
+        outputs = run_dense(model, model.preprocess_image(inputs), [])
+        labels, boxes = (torch.stack(x) for x in model.label_anchors(outputs.anchors_per_level, instances))
+        positive = (labels >= 0) & (labels < model.num_classes)
+        iou = matched_pairwise_iou(Boxes(outputs.boxes[positive]), Boxes(boxes[positive]))
+        scores = outputs.logits[positive].sigmoid().gather(1, labels[positive][:, None])
+    return iou.mean().item(), scores.mean().item()
+
+
 @both
 def test_learns_one_image(name: str) -> None:
+    """IoU and score rise, in ten steps, by 0.36 and 0.40 at least in 240 runs from perturbed weights.
+
+    Without the box losses the IoU, and without the class loss the score, changes by less than 0.03.
+    """
     model = build(name)
     inputs = batch(sizes=((96, 128),))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    first = step(model, inputs)["loss_bbox"].item()
-    for _ in range(20):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    before = fit(model, inputs)
+    for _ in range(10):
         optimizer.zero_grad()
         sum(step(model, inputs).values()).backward()
         optimizer.step()
-    assert step(model, inputs)["loss_bbox"].item() < 0.6 * first
+    iou, score = (now - then for now, then in zip(fit(model, inputs), before))
+    assert iou > 0.15
+    assert score > 0.15
 
 
 @both
