@@ -279,15 +279,15 @@ def test_keys_are_added_once():
     before = cfg.dump()
     add_distill_config(cfg)
     assert cfg.dump() == before
-    assert cfg.MODEL.DISTILL.METHODS == ["CrossKD"]
-    del cfg.MODEL.DISTILL.SCHEDULE.PKD  # as for a method that was registered since
+    assert cfg.MODEL.DISTILL.METHODS == ("CrossKD",)
+    cfg.MODEL.DISTILL.SCHEDULE.pop("PKD")  # as for a method that was registered since
     add_distill_config(cfg)
     assert cfg.dump() == before
 
 
 def test_a_method_that_was_registered_too_late():
     cfg = stock_config()
-    del cfg.MODEL.DISTILL.CROSSKD
+    cfg.MODEL.DISTILL.pop("CROSSKD")
     with pytest.raises(D2kdError, match=r"no MODEL\.DISTILL\.CROSSKD: import CrossKD before add_distill_config"):
         build_model(cfg)
 
