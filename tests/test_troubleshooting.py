@@ -184,7 +184,7 @@ PROVOCATIONS = {
     "… is …; it must be of the type": lambda at: at.run("SOLVER.MAX_ITER", "many"),
     "… is …; it must be …": lambda at: at.run("SOLVER.MAX_ITER", 0),
     "…: a value is missing": lambda at: at.run(config=at.config("MODEL: {FPN: {OUT_CHANNELS: }}")),
-    "… must stand before": lambda at: at.run("--num-gpus", "2"),
+    "… must come before": lambda at: at.run("--num-gpus", "2"),
     "config … is no file": lambda at: at.run(config="gone.yaml"),
     "… cannot be run": lambda at: at.run("MODEL.ANCHOR_GENERATOR.SIZES", "[]"),
     "no data set": lambda at: at.run("DATASETS.TRAIN", "('blood_cell_train',)"),
