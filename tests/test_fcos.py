@@ -10,7 +10,19 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling.meta_arch.fcos import FCOS as StockFCOS
 from detectron2.modeling.meta_arch.fcos import FCOSHead as StockFCOSHead
 from detectron2.structures import Boxes, ImageList, Instances
-from goldens import KINDS, Golden, Maps, cases, close, close_levels, image_list, strides_of, truths, zero_maps
+from goldens import (
+    KINDS,
+    Golden,
+    Maps,
+    cases,
+    close,
+    close_levels,
+    image_list,
+    of_committed_goldens,
+    strides_of,
+    truths,
+    zero_maps,
+)
 from rounding import check_gradients
 from small import batch, build, gradients, small_config, step
 from torch import Tensor, nn
@@ -106,6 +118,7 @@ def head_case(path: Path, double: bool = False) -> Tuple[Golden, Golden, FCOS, L
 head_cases = pytest.mark.parametrize("path", cases("head_fcos_"), ids=lambda p: p.stem)
 
 
+@of_committed_goldens
 def test_there_are_cases() -> None:
     assert cases("head_fcos_")
     assert cases("blocks_post_fcos")

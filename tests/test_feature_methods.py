@@ -8,7 +8,7 @@ import pytest
 import torch
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.structures import Boxes, Instances
-from goldens import Golden, cases, close
+from goldens import Golden, cases, close, of_committed_goldens
 from small import batch, build, distill_config, gradients, save_teacher, step
 from torch import Tensor
 
@@ -104,6 +104,7 @@ class ImitationCase:
         return method
 
 
+@of_committed_goldens
 def test_there_are_cases() -> None:
     assert IMITATION
     assert NEAR

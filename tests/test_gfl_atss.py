@@ -495,9 +495,9 @@ def fit(model: AnchorPointDetector, inputs: List[Dict[str, Any]]) -> Tuple[float
 
 @both
 def test_learns_one_image(name: str) -> None:
-    """IoU and score rise, in ten steps, by 0.36 and 0.40 at least in 240 runs from perturbed weights.
+    """Of 240 runs from perturbed weights, the least rise in ten steps was 0.35 in IoU and 0.40 in score.
 
-    Without the box losses the IoU, and without the class loss the score, changes by less than 0.03.
+    Without the box losses the IoU, and without the class loss the score, changes by less than 0.01.
     """
     model = build(name)
     inputs = batch(sizes=((96, 128),))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.structures import Boxes, Instances
-from goldens import Golden, cases, close
+from goldens import Golden, cases, close, of_committed_goldens
 from torch import Tensor
 
 from d2kd.dense import DenseOutputs, Targets
@@ -83,6 +83,7 @@ def check(case: Case, ours: str, value: Tensor, leaves: List[Tensor], leaf: str)
         assert float((mine - theirs).abs().max()) <= GRADIENT * largest
 
 
+@of_committed_goldens
 def test_there_are_cases() -> None:
     assert detector_cases("ld_mmdet3_")
     assert detector_cases("ld_repo_")
