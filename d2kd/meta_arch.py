@@ -166,7 +166,7 @@ class DistillMetaArch(_Student):
             "inherit": distill.INHERIT,
             "gradient_period": distill.GRADIENT_PERIOD,
             "sync_normalizer": distill.SYNC_NORMALIZER,
-            "teacher": load_teacher(teacher.CONFIG_FILE, teacher.WEIGHTS, teacher.OPTS)
+            "teacher": load_teacher(teacher.CONFIG_FILE, teacher.WEIGHTS, teacher.OPTS, when_needed=True)
             if methods or distill.INHERIT
             else None,
         }

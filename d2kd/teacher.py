@@ -117,11 +117,9 @@ def load_teacher(
     opts: Sequence[str] = (),
     device: str = "cpu",
     input_format: Optional[str] = None,
+    when_needed: bool = False,
 ) -> Teacher:
     """Builds a teacher from a config and loads its weights, completely or not at all.
-
-    Evaluation needs no teacher, so a file that is not on this machine (a URL, or a path without a file) is not an error
-    yet: the teacher loads it when it is first used.
 
     Args:
         config_file: a ``.yaml`` file, the ``.py`` file of a LazyConfig with a ``model``, or a name of detectron2's
@@ -130,6 +128,8 @@ def load_teacher(
         opts: overrides of the config, in its own style.
         device: where to build it; a student moves it to its own device.
         input_format: "BGR" or "RGB"; by default what the config says.
+        when_needed: load weights that are not on this machine (a URL, or a path without a file) when the teacher is
+            first used. A student that is only evaluated never uses it.
 
     Raises:
         D2kdError: there is no such config, its model is not a dense detector, or the weights do not fill all of it.
@@ -139,7 +139,7 @@ def load_teacher(
     if not isinstance(detector, DenseDetector):
         raise D2kdError(f"the teacher of {config_file} is a {type(detector).__name__}, not a dense detector")
     teacher = Teacher(detector, input_format or config_format, names, weights, loaded=False)
-    if os.path.isfile(weights):
+    if os.path.isfile(weights) or not when_needed:
         teacher.prepare()
     return teacher
 

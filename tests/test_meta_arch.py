@@ -391,3 +391,13 @@ def test_an_observation_holds_what_the_losses_are_made_of(teacher_file):
 def test_methods_twice_and_negative_weights_are_refused(teacher_file, opts, methods, message):
     with pytest.raises(D2kdError, match=message):
         build(distill_config(teacher_file, *opts, methods=methods))
+
+
+def test_load_teacher_loads_at_once_unless_asked_to_wait(tmp_path):
+    config, missing = str(CONFIGS / "quick_retinanet.yaml"), str(tmp_path / "gone.pth")
+    with pytest.raises(D2kdError, match=r"gone\.pth"):
+        load_teacher(config, missing)
+    later = load_teacher(config, missing, when_needed=True)
+    assert not later.loaded
+    with pytest.raises(D2kdError, match=r"gone\.pth"):
+        later(batch(), "BGR")
