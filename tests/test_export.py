@@ -217,7 +217,7 @@ def test_tool_writes_files_and_a_table(tmp_path: Path, call: Callable[..., int],
         (["--config-file", str(CONFIGS / "quick_retinanet.yaml"), "--weights", "{wide}"], r"wide\.pth does not fit"),
         (["--compare", "teacher"], r"--compare teacher: write label=config:weights"),
         (["--compare", "teacher=gone.yaml:x.pth"], r"config gone\.yaml is no file"),
-        (["--output", "{wide}"], r"--output .*wide\.pth: File exists; name a folder"),
+        (["--output", "{wide}"], r"--output .*wide\.pth: File exists; choose a folder"),
     ],
 )
 def test_mistakes_end_with_one_sentence(
