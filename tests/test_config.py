@@ -51,7 +51,11 @@ def load_on_cpu(path):
     return cfg
 
 
-@pytest.mark.parametrize("path", YAMLS, ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "path",
+    [p if p.name.startswith("quick_") else pytest.param(p, marks=pytest.mark.slow) for p in YAMLS],
+    ids=lambda p: p.name,
+)
 def test_yaml_merges_builds_and_reloads(path, untrained, tmp_path):
     cfg = load_on_cpu(path)
     again = get_cfg()

@@ -31,6 +31,7 @@ WIDER = ("MODEL.FPN.OUT_CHANNELS", "64")
 # Detectors of equal channels, also mixed; and with wider teachers, of the same kind.
 CASES = [(student, teacher, False) for student, teacher in PAIRS]
 CASES += [(name, name, True) for name in ("RetinaNet", "GFL", "ATSS", "FCOS")]
+EVERY_DAY = {("RetinaNet", "RetinaNet"), ("GFL", "GFL"), ("ATSS", "ATSS"), ("FCOS", "FCOS"), ("FCOS", "GFL")}
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +67,9 @@ def build_pair(teacher_files):
 
 
 @pytest.mark.parametrize(
-    ("detector", "teacher", "wider"), CASES, ids=lambda x: {True: "wider", False: "equal"}.get(x, x)
+    ("detector", "teacher", "wider"),
+    [pytest.param(*case, marks=() if case[:2] in EVERY_DAY and not case[2] else pytest.mark.slow) for case in CASES],
+    ids=lambda x: {True: "wider", False: "equal"}.get(x, x),
 )
 @pytest.mark.parametrize("method", method_names())
 def test_every_method_on_every_detector(build_pair, method, detector, teacher, wider):
