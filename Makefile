@@ -1,18 +1,39 @@
-# The two commands to know: `make demo` and `make test`. Both set up what they need first.
-#   PYTHON=python3.11   interpreter that makes the environment
-#   VENV=.venv          its folder; VENV=system uses the packages that PYTHON has already
-#   DETECTRON2=official install detectron2 from its own repository instead of the package registry
-#   demo: DATA=blood_cells|bccd BCCD=<folder> DETECTOR=retinanet|gfl|atss|fcos SEEDS=1 ITERATIONS=200 OUTPUT=<folder>
+# Commands. Each sets up what it needs first.
+#   make demo        train a teacher, a plain student and a distilled student on small images
+#   make test        all tests
+#   make test-fast   the tests for every day: all but those marked slow
+#   make lint        ruff: rules and format
+#   make types       mypy
+#   make setup       only the environment
+#   make help        this text
+#
+# Variables, as in `make test PYTHON=python3.11`:
+#   PYTHON=python3           interpreter that makes the environment (3.9 to 3.13)
+#   VENV=.venv               its folder; VENV=system uses the packages that PYTHON already has, and installs nothing
+#   DETECTRON2=              registry, official, or a path or URL of detectron2's source; empty keeps what is installed
+#   TESTS=                   test files or node ids; empty means all
+#   PYTEST_OPTIONS="-n 2"    options of pytest; -n is the number of parallel processes
+#   DATA=blood_cells         the demo's images: blood_cells (drawn) or bccd (real, with BCCD=<folder>)
+#   DETECTOR=retinanet       the demo's detector: retinanet, gfl, atss or fcos
+#   SEEDS=1 ITERATIONS=200   the demo's repetitions and length
+#   OUTPUT=                  the demo's output folder
+#   DEMO_OPTIONS=            further options of tools/demo.py
+
 PYTHON ?= python3
 VENV ?= .venv
-DETECTRON2 ?= registry
+DETECTRON2 ?=
+PYTEST_OPTIONS ?= -n 2
 DATA ?= blood_cells
 DETECTOR ?= retinanet
 SEEDS ?= 1
 ITERATIONS ?= 200
 RUN = $(if $(filter system,$(VENV)),$(PYTHON),$(VENV)/bin/python)
 
-.PHONY: setup demo test lint types
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-fast lint types
+
+help:
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
 setup:
 	@PYTHON="$(PYTHON)" VENV="$(VENV)" DETECTRON2="$(DETECTRON2)" bash scripts/setup.sh
@@ -22,7 +43,10 @@ demo: setup
 	  $(if $(OUTPUT),--output "$(OUTPUT)") $(DEMO_OPTIONS)
 
 test: setup
-	$(RUN) -m pytest $(TESTS)
+	$(RUN) -m pytest $(PYTEST_OPTIONS) $(TESTS)
+
+test-fast: setup
+	$(RUN) -m pytest -m "not slow" $(PYTEST_OPTIONS) $(TESTS)
 
 lint: setup
 	$(RUN) -m ruff check .

@@ -3,27 +3,43 @@
 Importing it registers its meta architectures, backbones, data sets and the ``torchvision://`` weights.
 """
 
+__version__ = "0.1.0"
+
 import warnings
 
-# detectron2 and torch say these on import; a user can do nothing about them.
-warnings.filterwarnings("ignore", message="pkg_resources is deprecated")
-warnings.filterwarnings("ignore", message=r".*torch\.jit\..* is (deprecated|not supported)")
-warnings.filterwarnings("ignore", message=r"torch\.meshgrid: in an upcoming release")
+import torch  # noqa: F401  # before the block below, so that it keeps the warning filters it sets
 
-try:
-    import detectron2  # noqa: F401
-except ImportError as error:
-    raise ImportError(
-        "d2kd needs detectron2, which has no official release in the package registry: run `make setup` in d2kd's "
-        "folder, or install it from https://github.com/facebookresearch/detectron2."
-    ) from error
+from .quiet import quiet_known_warnings
 
-from . import modeling
-from .config import add_distill_config
-from .data import dataset_root, register_builtin
-from .meta_arch import DistillMetaArch, DistillRetinaNet
-from .teacher import load_teacher
+with warnings.catch_warnings():
+    quiet_known_warnings()  # of detectron2's modules, when they are imported
+    try:
+        import detectron2  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            "d2kd needs detectron2, which has no official release in the package registry: run `make setup` in d2kd's "
+            "folder, or install it from https://github.com/facebookresearch/detectron2."
+        ) from error
+
+    from . import modeling
+    from .config import add_distill_config, drop_teacher, load_config
+    from .data import dataset_root, register_builtin
+    from .meta_arch import DistillATSS, DistillFCOS, DistillGFL, DistillMetaArch, DistillRetinaNet
+    from .teacher import Teacher, load_teacher
 
 register_builtin(dataset_root())
 
-__all__ = ["DistillMetaArch", "DistillRetinaNet", "add_distill_config", "load_teacher", "modeling"]
+__all__ = [
+    "DistillATSS",
+    "DistillFCOS",
+    "DistillGFL",
+    "DistillMetaArch",
+    "DistillRetinaNet",
+    "Teacher",
+    "__version__",
+    "add_distill_config",
+    "drop_teacher",
+    "load_config",
+    "load_teacher",
+    "modeling",
+]

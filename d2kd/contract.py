@@ -1,41 +1,139 @@
-"""What a dense detector must have to be a student or a teacher."""
+"""What a detector must have to be a student or a teacher, as protocols.
 
-from typing import List
+Student and teacher meet in a :class:`Pyramid`: levels with strides and channels, all that feature methods need. Methods
+that compare predictions or tower features need a :class:`Dense` detector on top, and a student is a
+:class:`DenseStudent`. detectron2's RetinaNet and FCOS have all of it.
+"""
 
-from detectron2.modeling.meta_arch.dense_detector import DenseDetector
-from torch import nn
+from typing import Any, Dict, Iterator, List, Protocol, Sequence, Tuple
+
+from detectron2.structures import Boxes, ImageList, Instances
+from torch import Tensor, nn
 
 from .errors import D2kdError
-from .heads import TOWERS
+
+Features = List[Tensor]  # one (N, C, Hi, Wi) per level, high to low resolution
 
 
-def level_strides(detector: DenseDetector) -> List[int]:
-    """Strides in pixels of the levels that the head reads, high to low resolution."""
-    shapes = detector.backbone.output_shape()
-    return [shapes[name].stride for name in detector.head_in_features]
+class Network(Protocol):
+    """What is used of ``nn.Module``, from which a protocol cannot inherit."""
+
+    training: bool
+
+    def modules(self) -> Iterator[nn.Module]: ...
+
+    def named_modules(self) -> Iterator[Tuple[str, nn.Module]]: ...
+
+    def named_parameters(self) -> Iterator[Tuple[str, nn.Parameter]]: ...
+
+    def state_dict(self) -> Dict[str, Any]: ...
 
 
-def level_channels(detector: DenseDetector) -> List[int]:
-    """Channels of the levels that the head reads, high to low resolution."""
-    shapes = detector.backbone.output_shape()
-    return [shapes[name].channels for name in detector.head_in_features]
+class Pyramid(Network, Protocol):
+    """A detector whose backbone gives feature maps at several strides: what feature methods need."""
+
+    @property
+    def backbone(self) -> Any:
+        """A detectron2 ``Backbone``: ``output_shape()`` has stride and channels of each level."""
+
+    @property
+    def head_in_features(self) -> Sequence[str]:
+        """Names of the levels that the head reads, high to low resolution."""
+
+    @property
+    def pixel_mean(self) -> Tensor:
+        """Subtracted from an image's channels, (3, 1, 1)."""
+
+    @property
+    def pixel_std(self) -> Tensor:
+        """What the difference is divided by, (3, 1, 1)."""
+
+    @property
+    def device(self) -> Any:
+        """Where the detector is."""
+
+    def preprocess_image(self, batched_inputs: List[Dict[str, Any]]) -> ImageList:
+        """Normalizes, pads and batches raw images."""
+
+
+class AnchorGenerator(Protocol):
+    """A detectron2 anchor generator."""
+
+    @property
+    def num_anchors(self) -> List[int]:
+        """Anchors per place, for each level."""
+
+    def __call__(self, features: Features) -> List[Boxes]:
+        """Anchors of each level, XYXY in pixels."""
+
+
+class BoxCoder(Protocol):
+    """Turns what the head predicts into boxes. One that decodes distributions also has ``reg_max``."""
+
+    def apply_deltas(self, deltas: Tensor, boxes: Tensor) -> Tensor:
+        """Boxes (M, 4) XYXY in pixels from predictions (M, D) and anchors (M, 4)."""
+
+    def get_deltas(self, src_boxes: Tensor, target_boxes: Tensor) -> Tensor:
+        """Predictions (M, D) that turn anchors (M, 4) into boxes (M, 4)."""
+
+
+class Dense(Pyramid, Protocol):
+    """A detector that predicts classes and boxes for anchors: what methods need that read predictions or towers."""
+
+    @property
+    def head(self) -> nn.Module:
+        """Maps the levels to predictions, each a list over levels; see :data:`TOWERS`."""
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes K."""
+
+    @property
+    def anchor_generator(self) -> AnchorGenerator:
+        """Makes the anchors from the feature maps."""
+
+    @property
+    def box2box_transform(self) -> BoxCoder:
+        """Decodes box predictions."""
+
+
+class DenseStudent(Dense, Protocol):
+    """A dense detector that trains."""
+
+    def label_anchors(
+        self, anchors: List[Boxes], gt_instances: List[Instances]
+    ) -> Tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """Labels (R,) and matched boxes (R, 4) of each image's anchors, as RetinaNet's method."""
+
+    def losses(
+        self, anchors: List[Boxes], pred_logits: List[Tensor], gt_labels: List[Tensor], *rest: List[Tensor]
+    ) -> Dict[str, Tensor]:
+        """The detector's own losses, as RetinaNet's method."""
+
+
+#: The parts of a head that methods cut and tap: ``nn.Sequential`` towers for classes and for boxes.
+TOWERS = ("cls_subnet", "bbox_subnet")
+
+
+def members(protocol: type) -> List[str]:
+    """Names of what a protocol asks of a detector, beyond being an ``nn.Module``."""
+    classes = protocol.__mro__[: protocol.__mro__.index(Network)]
+    return [name for cls in reversed(classes) for name in vars(cls) if not name.startswith("_")]
 
 
 def check_contract(detector: nn.Module, with_head: bool = True, with_losses: bool = True) -> None:
-    """Checks that a detector has the parts that this package reads; detectron2's RetinaNet and FCOS have them.
+    """Checks that a detector has the parts that this package reads.
 
     Args:
         detector: student or teacher.
-        with_head: methods compare predictions or tower features.
-        with_losses: it trains, as a student does.
+        with_head: whether methods compare predictions or tower features.
+        with_losses: whether it trains, as a student does.
 
     Raises:
-        D2kdError: names what is missing.
+        D2kdError: a part is missing; names it.
     """
     kind = type(detector).__name__
-    needed = ["backbone", "head", "head_in_features", "num_classes", "anchor_generator", "box2box_transform"]
-    needed += ["label_anchors", "losses"] if with_losses else []
-    missing = [name for name in needed if not hasattr(detector, name)]
+    missing = [name for name in members(DenseStudent if with_losses else Dense) if not hasattr(detector, name)]
     if missing:
         raise D2kdError(f"{kind} has no {', '.join(missing)}; give it these as detectron2's RetinaNet has them")
     missing = [name for name in TOWERS if not isinstance(getattr(detector.head, name, None), nn.Sequential)]
@@ -44,4 +142,36 @@ def check_contract(detector: nn.Module, with_head: bool = True, with_losses: boo
             f"{kind}'s head, {type(detector.head).__name__}, has no nn.Sequential {' and '.join(missing)}; keep its "
             "towers in cls_subnet and bbox_subnet as detectron2's RetinaNetHead does, or use methods that read "
             "features only"
+        )
+
+
+def level_strides(detector: Pyramid) -> List[int]:
+    """Strides in pixels of the levels that the head reads, high to low resolution."""
+    shapes = detector.backbone.output_shape()
+    return [shapes[name].stride for name in detector.head_in_features]
+
+
+def level_channels(detector: Pyramid) -> List[int]:
+    """Channels of the levels that the head reads, high to low resolution."""
+    shapes = detector.backbone.output_shape()
+    return [shapes[name].channels for name in detector.head_in_features]
+
+
+def channel_order(detector: object) -> str:
+    """Channel order of a detector's images, "BGR" or "RGB"; BGR where it does not say, as detectron2's FCOS."""
+    return getattr(detector, "input_format", "BGR")
+
+
+def check_distills(detector: type, distill: Any) -> None:
+    """Raises D2kdError if a config sets methods or INHERIT for a plain detector, which would ignore them.
+
+    Args:
+        detector: the class of the meta architecture.
+        distill: the node MODEL.DISTILL.
+    """
+    if (distill.METHODS or distill.INHERIT) and not hasattr(detector, "observe"):
+        name = detector.__name__
+        raise D2kdError(
+            f"MODEL.META_ARCHITECTURE {name} is a plain detector and ignores MODEL.DISTILL.METHODS and INHERIT: set it "
+            f"to Distill{name}, or set METHODS and INHERIT to () to train without a teacher"
         )

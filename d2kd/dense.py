@@ -1,21 +1,20 @@
 """What distillation methods see of a dense detector: its outputs, its tower features, its targets.
 
 Shapes: N images, L levels, R anchors over all levels, A anchors per place, K classes, D numbers per box prediction.
-A dense detector has ``backbone``, ``head`` (with the two towers ``cls_subnet`` and ``bbox_subnet``),
-``anchor_generator``, ``num_classes``, ``label_anchors`` and ``losses``, as detectron2's RetinaNet and FCOS have.
 """
 
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
-from detectron2.modeling.meta_arch.dense_detector import DenseDetector, permute_to_N_HWA_K
+from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor
 
-from .contract import level_strides
-from .heads import Cut, Features, tap_modules, tap_towers
+from .contract import Dense, Features, Network, Pyramid, level_strides
+from .heads import Cut, tap_modules, tap_towers
 from .modeling.boxes import decode_boxes
 from .workers import mean_over_workers
 
@@ -25,16 +24,16 @@ class DenseOutputs:
     """Outputs of one detector for one batch: the student's, the teacher's or a cross head's.
 
     Attributes:
-        detector: made the predictions; its anchors and box coder belong to them.
+        detector: the one that made the predictions; its anchors and box coder belong to them.
         features: FPN features, per level (N, C, Hi, Wi).
-        predictions: the head's raw outputs: logits, box predictions and whatever else the head gives, each a list
-            of (N, A*?, Hi, Wi) per level; empty where the head was not run.
-        taps: tower features per tapped cut.
-        tapped_maps: outputs of the modules that MODEL.DISTILL.FEATURES names.
-        classes: which classes student and teacher share, (S,) int64, in the same order for both; None for all.
+        predictions: raw outputs of the head: logits, box predictions and any others, each a list of (N, A*?, Hi, Wi)
+            per level; empty if the head did not run.
+        taps: class and box tower features at each tapped cut.
+        tapped_maps: outputs of the modules in MODEL.DISTILL.FEATURES.
+        classes: classes that student and teacher share, (S,) int64, in the same order for both; None for all.
     """
 
-    detector: DenseDetector
+    detector: Dense
     features: Features
     predictions: Tuple[Features, ...] = ()
     taps: Dict[Cut, Tuple[Features, Features]] = field(default_factory=dict)
@@ -43,11 +42,11 @@ class DenseOutputs:
 
     @property
     def maps(self) -> Features:
-        """What feature methods compare, each (N, C, H, W): the FPN features unless MODEL.DISTILL.FEATURES says else."""
+        """What feature methods compare, each (N, C, H, W): MODEL.DISTILL.FEATURES, by default the FPN features."""
         return self.tapped_maps or self.features
 
     def towers(self, cut: Cut) -> Tuple[Features, Features]:
-        """Class and box tower features at a cut, each per level (N, C, Hi, Wi); at cut 0 the FPN features."""
+        """Class and box tower features at a cut, per level (N, C, Hi, Wi); the FPN features at cut 0."""
         return (self.features, self.features) if cut.convs == 0 else self.taps[cut]
 
     @cached_property
@@ -62,7 +61,7 @@ class DenseOutputs:
 
     @cached_property
     def dense_predictions(self) -> List[Features]:
-        """The predictions per anchor: for each head output, per level (N, Hi*Wi*A, K or D or 1)."""
+        """Predictions per anchor: for each output of the head, per level (N, Hi*Wi*A, K or D or 1)."""
         logits = self.predictions[0]
         num_anchors = logits[0].shape[1] // self.detector.num_classes
         return [
@@ -77,42 +76,42 @@ class DenseOutputs:
 
     @property
     def shared_logits(self) -> Tensor:
-        """Logits of the classes that student and teacher share, (N, R, S), float32; S is K unless CLASS_MAP is set."""
+        """Logits of the classes that student and teacher share, (N, R, S), float32; S is K without a CLASS_MAP."""
         return self.logits if self.classes is None else self.logits[..., self.classes]
 
     @cached_property
     def box_predictions(self) -> Tensor:
-        """What the head predicts for boxes, (N, R, D), float32."""
+        """Raw box predictions, (N, R, D), float32."""
         return torch.cat(self.dense_predictions[1], dim=1).float()
 
     @cached_property
     def centerness(self) -> Optional[Tensor]:
-        """Centerness logits, (N, R), float32; None where the head predicts none."""
+        """Centerness logits, (N, R), float32; None if the head predicts none."""
         if len(self.predictions) < 3:
             return None
         return torch.cat(self.dense_predictions[2], dim=1).squeeze(-1).float()
 
     @property
     def num_bins(self) -> Optional[int]:
-        """Bins of each side's distribution; None where boxes are predicted directly."""
+        """Number of bins of each side's distribution; None if the head predicts boxes directly."""
         reg_max = getattr(self.detector.box2box_transform, "reg_max", None)
         return None if reg_max is None else reg_max + 1
 
     @cached_property
     def boxes(self) -> Tensor:
-        """Decoded boxes, (N, R, 4) XYXY in pixels, neither clipped nor filtered."""
+        """Decoded boxes, (N, R, 4) XYXY in pixels, not clipped and not filtered."""
         predictions = self.box_predictions
         decoded = decode_boxes(self.detector.box2box_transform, predictions.flatten(0, 1), self.anchors)
         return decoded.view(*predictions.shape[:2], 4)
 
 
-def preprocess(detector: DenseDetector, batched_inputs: List[Dict[str, Any]], flip_channels: bool = False) -> ImageList:
-    """Normalises, pads and batches raw images with the detector's own pixel statistics and size divisibility.
+def preprocess(detector: Pyramid, batched_inputs: List[Dict[str, Any]], flip_channels: bool = False) -> ImageList:
+    """Normalizes, pads and batches raw images with the detector's own pixel statistics and size divisibility.
 
     Args:
-        detector: whose way of preprocessing.
-        batched_inputs: as :class:`DatasetMapper` gives them.
-        flip_channels: turn BGR into RGB or back first, for a detector that wants the other order.
+        detector: whose preprocessing to use.
+        batched_inputs: as :class:`DatasetMapper` returns them.
+        flip_channels: first swap BGR and RGB, for a detector that expects the other order.
     """
     if flip_channels:
         batched_inputs = [{**x, "image": x["image"].flip(0)} for x in batched_inputs]
@@ -120,41 +119,54 @@ def preprocess(detector: DenseDetector, batched_inputs: List[Dict[str, Any]], fl
 
 
 def run_dense(
-    detector: DenseDetector,
+    detector: Dense,
     images: ImageList,
     cuts: Sequence[Cut] = (),
     with_head: bool = True,
     paths: Sequence[str] = (),
 ) -> DenseOutputs:
-    """Runs backbone and head of a detector and taps its towers and modules on the way.
+    """Runs a detector's backbone and head, and taps its towers and modules.
 
     Args:
         detector: student or teacher.
-        images: preprocessed by :func:`preprocess`.
-        cuts: tower features to keep; cut 0 costs nothing.
-        with_head: False runs the backbone only.
+        images: from :func:`preprocess`.
+        cuts: which tower features to keep; cut 0 costs nothing.
+        with_head: whether to run the head after the backbone.
         paths: modules whose outputs to keep, see :func:`tap_modules`.
     """
     with tap_modules(detector, paths) as maps, tap_towers(detector.head, [c for c in cuts if c.convs > 0]) as taps:
-        features = detector.backbone(images.tensor)
-        features = [features[name] for name in detector.head_in_features]
+        levels = detector.backbone(images.tensor)
+        features = [levels[name] for name in detector.head_in_features]
         predictions = tuple(detector.head(features)) if with_head else ()
     return DenseOutputs(detector, features, predictions, taps, [x for found in maps for x in found])
 
 
+@contextmanager
+def evaluation_mode(network: Network) -> Iterator[None]:
+    """Puts a network into evaluation mode for the ``with`` block, and every module back into its own mode after it."""
+    modes = {module: module.training for module in network.modules()}
+    try:
+        for module in modes:
+            module.training = False
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
 @dataclass
 class Targets:
-    """The ground truth of a batch and what target assignment made of it, once per step, shared by all.
+    """The ground truth of a batch and the target assignment, computed once per step and shared by all methods.
 
     Attributes:
         instances: ground truth of each image.
-        labels: (N, R); -1 ignored, 0..K-1 the class, K background.
-        boxes: matched ground-truth boxes, (N, R, 4) XYXY; undefined where the label is no class.
-        weights: (N, R) float32; 0 where ignored or where the anchor lies in padding beyond the image's own padded
-            shape (its height and width rounded up to the backbone's size divisibility), otherwise 1.
-        num_pos: sum over images of max(#positive anchors of weight 1, 1), averaged over workers; () float32. The
-            loss normaliser N+ of the methods: with it the mean over workers equals one worker with all images.
-        positive: (N, R) bool; anchors of weight 1 that are labelled with a class.
+        labels: (N, R); -1 for ignored anchors, 0..K-1 for a class, K for background.
+        boxes: matched ground-truth boxes, (N, R, 4) XYXY; undefined unless the label is a class.
+        weights: (N, R) float32; 0 for ignored anchors and for those in padding beyond the image's own padded shape
+            (its height and width rounded up to the backbone's size divisibility), otherwise 1.
+        num_pos: sum over images of max(#positive anchors of weight 1, 1), averaged over workers; () float32. This is
+            the loss normalizer N+ of the methods: the mean over workers then equals one worker with all images.
+        positive: (N, R) bool; anchors of weight 1 that are labeled with a class.
         padded_size: height and width in pixels of the padded batch, which the feature maps cover.
     """
 
@@ -168,20 +180,24 @@ class Targets:
 
 
 def make_targets(
-    student: DenseOutputs, images: ImageList, instances: List[Instances], labels: List[Tensor], boxes: List[Tensor]
+    student: DenseOutputs,
+    images: ImageList,
+    instances: List[Instances],
+    labels: Sequence[Tensor],
+    boxes: Sequence[Tensor],
 ) -> Targets:
-    """Makes the targets from what ``label_anchors`` of the student returned."""
-    stacked = torch.stack(labels)
+    """Makes the targets from the labels and boxes that the student's ``label_anchors`` returned."""
+    stacked = torch.stack(list(labels))
     weights = anchors_inside(student, images) & (stacked >= 0)
     positive = weights & (stacked < student.detector.num_classes)
     num_pos = positive.sum(1).clamp(min=1).sum().float()
     num_pos = mean_over_workers(num_pos)
     height, width = images.tensor.shape[-2:]
-    return Targets(instances, stacked, torch.stack(boxes), weights.float(), num_pos, positive, (height, width))
+    return Targets(instances, stacked, torch.stack(list(boxes)), weights.float(), num_pos, positive, (height, width))
 
 
 def anchors_inside(outputs: DenseOutputs, images: ImageList) -> Tensor:
-    """Tells for each image which anchors start inside its own padded shape, (N, R) bool."""
+    """Marks the anchors of each image that start inside its own padded shape, (N, R) bool."""
     divisor = max(outputs.detector.backbone.size_divisibility, 1)
     padded = torch.tensor([[-(-side // divisor) * divisor for side in size] for size in images.image_sizes])
     inside = []

@@ -1,4 +1,4 @@
-"""Dense heads: where their towers are cut and tapped, and the cross head that enters one behind the cut."""
+"""Dense heads: cutting and tapping their towers, and the cross head that enters a head behind the cut."""
 
 import copy
 from contextlib import ExitStack, contextmanager
@@ -6,17 +6,16 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Sequence, Tuple
 
 from torch import Tensor, nn
 
+from .contract import TOWERS, Features, Network
 from .errors import D2kdError, nearest
-
-TOWERS = ("cls_subnet", "bbox_subnet")
 
 
 class Cut(NamedTuple):
     """A place at which both towers of a head are cut.
 
     Attributes:
-        convs: how many convolutions lie before the cut; 0 is the FPN feature itself.
-        pre_activation: the value before the activation that follows the last of them, instead of after.
+        convs: number of convolutions before the cut; 0 is the FPN feature itself.
+        pre_activation: whether the tapped value is taken before the activation that follows the last of them.
     """
 
     convs: int
@@ -24,15 +23,15 @@ class Cut(NamedTuple):
 
 
 def split_tower(tower: nn.Sequential, cut: Cut) -> Tuple[int, int]:
-    """Finds where a cut lies in a tower.
+    """Finds a cut in a tower.
 
     Args:
         tower: convolutions, each followed by its norm and activation, if any.
-        cut: the place.
+        cut: where to cut.
 
     Returns:
-        ``(end, rest)``: the tapped value is the output of ``tower[:end]``, what follows the cut is ``tower[rest:]``.
-        Between the two lie the activations that ``cut.pre_activation`` leaves out.
+        ``(end, rest)``: ``tower[:end]`` computes the tapped value, ``tower[rest:]`` is what follows the cut. The
+        activations between the two are those that ``cut.pre_activation`` skips.
 
     Raises:
         D2kdError: the tower has fewer convolutions.
@@ -47,20 +46,17 @@ def split_tower(tower: nn.Sequential, cut: Cut) -> Tuple[int, int]:
     return end, rest
 
 
-Features = List[Tensor]  # one (N, C, Hi, Wi) per level, high to low resolution
-
-
 @contextmanager
 def tap_towers(head: nn.Module, cuts: Sequence[Cut]) -> Iterator[Dict[Cut, Tuple[Features, Features]]]:
     """Collects tower features while the head runs.
 
     Args:
         head: a dense head; it runs each tower once per level, and each run appends one entry.
-        cuts: where to tap. Cut 0 needs no hook and must not be asked for here.
+        cuts: where to tap. Cut 0 needs no hook and is not allowed here.
 
     Yields:
-        For each cut the features of the class and of the box tower, filled when the head runs. The hooks are gone
-        after the ``with`` block.
+        For each cut the features of the class and the box tower, filled when the head runs. Leaving the ``with`` block
+        removes the hooks.
     """
     taps: Dict[Cut, Tuple[Features, Features]] = {cut: ([], []) for cut in cuts}
     with ExitStack() as hooks:
@@ -75,19 +71,19 @@ def tap_towers(head: nn.Module, cuts: Sequence[Cut]) -> Iterator[Dict[Cut, Tuple
 
 
 @contextmanager
-def tap_modules(detector: nn.Module, paths: Sequence[str]) -> Iterator[List[Features]]:
-    """Collects what modules give while a detector runs.
+def tap_modules(detector: Network, paths: Sequence[str]) -> Iterator[List[Features]]:
+    """Collects the outputs of modules while a detector runs.
 
     Args:
         detector: student or teacher.
-        paths: of modules, such as "backbone.bottom_up.res4".
+        paths: paths of modules, such as "backbone.bottom_up.res4".
 
     Yields:
-        For each path the feature maps (N, C, H, W) that its module gave, in order: one per call, or several where it
-        gives a list or dict of them.
+        For each path the feature maps (N, C, H, W) that its module returned, in order: one per call, or several if it
+        returns a list or dict of them.
 
     Raises:
-        D2kdError: there is no such module; names the nearest.
+        D2kdError: there is no such module; suggests the nearest.
     """
     taps: List[Features] = [[] for _ in paths]
     with ExitStack() as hooks:
@@ -99,8 +95,8 @@ def tap_modules(detector: nn.Module, paths: Sequence[str]) -> Iterator[List[Feat
         yield taps
 
 
-def find_module(detector: nn.Module, path: str) -> nn.Module:
-    """The module of a path; raises D2kdError with the nearest paths if there is none."""
+def find_module(detector: Network, path: str) -> nn.Module:
+    """Returns the module at a path; raises D2kdError with the nearest path if there is none."""
     modules = dict(detector.named_modules())
     if not path or path not in modules:
         names = [name for name in modules if name]
@@ -118,7 +114,7 @@ def _maps(output: Any) -> Iterator[Tensor]:
 
 
 class _Replay(nn.Module):
-    """Stands in front of a cut tower: ignores its input and gives the next level's stored feature."""
+    """Replaces the front of a cut tower: ignores its input and returns the next level's stored feature."""
 
     def __init__(self, features: Features) -> None:
         super().__init__()
@@ -129,23 +125,23 @@ class _Replay(nn.Module):
 
 
 def cross_head(head: nn.Module, cut: Cut, cls_features: Features, box_features: Features) -> Tuple[Features, ...]:
-    """Runs the rest of a head, behind a cut, on someone else's tower features.
+    """Runs the part of a head behind a cut on another detector's tower features.
 
-    The head's own ``forward`` runs, on a shallow copy whose towers start behind the cut, so that whatever else a head
-    has (centerness, per-level scales, norms) comes for free. Both inputs are expected *after* the activation, also
-    where ``cut.pre_activation`` holds. All levels run in order, as counting norms (``CycleBatchNormList``) need.
+    This calls the head's own ``forward`` on a shallow copy whose towers start behind the cut, so whatever else the head
+    has (centerness, per-level scales, norms) works as usual. Both inputs are expected *after* the activation, even if
+    ``cut.pre_activation`` is set. All levels run in order, which norms that count calls (``CycleBatchNormList``) need.
 
     Args:
-        head: reads a level's feature through ``cls_subnet`` and ``bbox_subnet`` only.
-        cut: where the towers are entered.
-        cls_features: what enters the class tower, per level (N, C, Hi, Wi).
-        box_features: what enters the box tower, likewise.
+        head: must read the features only through ``cls_subnet`` and ``bbox_subnet``.
+        cut: where to enter the towers.
+        cls_features: input of the class tower, per level (N, C, Hi, Wi).
+        box_features: input of the box tower, per level (N, C, Hi, Wi).
 
     Returns:
-        What ``head.forward`` returns. Gradients reach the features, and the head's parameters where these require any.
+        What ``head.forward`` returns. Gradients flow to the features, and to parameters of the head that require them.
     """
     crossed = copy.copy(head)
-    crossed._modules = dict(head._modules)  # otherwise the real head would be cut
+    crossed._modules = dict(head._modules)  # do not cut the original head
     for name, features in zip(TOWERS, (cls_features, box_features)):
         tower = getattr(head, name)
         setattr(crossed, name, nn.Sequential(_Replay(features), *tower[split_tower(tower, cut)[1] :]))

@@ -1,4 +1,4 @@
-"""Loss functions of detectors and methods: pure, unreduced, in float32 whatever autocast does."""
+"""Loss functions of detectors and methods: pure, unreduced, and always in float32, even under autocast."""
 
 import torch
 import torch.nn.functional as F
@@ -6,17 +6,17 @@ from torch import Tensor
 
 
 def kd_quality_focal_loss(logits: Tensor, teacher_logits: Tensor, beta: float = 1.0) -> Tensor:
-    """Quality focal loss against a teacher's scores (CrossKD, arXiv 2306.11369).
+    """Quality focal loss with a teacher's scores as targets (CrossKD, arXiv 2306.11369).
 
-    ``BCE(x, sigmoid(t)) * |sigmoid(x) - sigmoid(t)|^beta``; the gradient flows through both factors.
+    ``BCE(x, sigmoid(t)) * |sigmoid(x) - sigmoid(t)|^beta``; gradients flow through both factors.
 
     Args:
         logits: x, any shape.
-        teacher_logits: t, same shape.
+        teacher_logits: t, the same shape.
         beta: focusing exponent, >= 0; 0 is plain BCE.
 
     Returns:
-        Loss of each element, same shape.
+        The loss of each element, in the same shape.
     """
     return _modulated_bce(logits.float(), teacher_logits.detach().float().sigmoid(), beta)
 
@@ -27,18 +27,18 @@ def _modulated_bce(logits: Tensor, target: Tensor, beta: float) -> Tensor:
 
 
 def giou_loss(boxes: Tensor, target: Tensor, eps: float = 1e-6) -> Tensor:
-    """Generalised IoU loss (arXiv 1902.09630), between 0 (equal) and 2.
+    """Generalized IoU loss (arXiv 1902.09630), between 0 (equal) and 2.
 
-    fvcore's ``giou_loss`` asserts on degenerate boxes, which reads a value back from the GPU and ends a run on the
-    first NaN without naming its source; here they give finite losses.
+    fvcore's ``giou_loss`` asserts that boxes are not degenerate, which syncs with the GPU and ends a run on the first
+    NaN without naming its source. Here, degenerate boxes give finite losses.
 
     Args:
         boxes: (..., 4) XYXY.
         target: (..., 4) XYXY.
-        eps: least area that is divided by, in squared pixels.
+        eps: lower bound of the areas in denominators, in squared pixels.
 
     Returns:
-        (...) loss of each pair.
+        The loss of each pair, (...).
     """
     boxes, target = boxes.float(), target.float()
     overlap = _extent(torch.maximum(boxes[..., :2], target[..., :2]), torch.minimum(boxes[..., 2:], target[..., 2:]))
@@ -62,7 +62,7 @@ def kl_divergence_loss(logits: Tensor, teacher_logits: Tensor, temperature: floa
     Args:
         logits: (..., B), over B classes or bins.
         teacher_logits: (..., B).
-        temperature: divides both before the softmax, > 0.
+        temperature: divides both logits before the softmax, > 0.
 
     Returns:
         (...), >= 0, summed over B.
@@ -78,10 +78,10 @@ def iou_log_loss(boxes: Tensor, target: Tensor, eps: float = 1e-6) -> Tensor:
     Args:
         boxes: (..., 4) XYXY.
         target: (..., 4) XYXY.
-        eps: least area that is divided by, in squared pixels, and least IoU.
+        eps: lower bound of the areas in denominators, in squared pixels, and of the IoU.
 
     Returns:
-        (...) loss of each pair; disjoint boxes have no gradient.
+        The loss of each pair, (...); disjoint boxes have no gradient.
     """
     boxes, target = boxes.float(), target.float()
     overlap = _extent(torch.maximum(boxes[..., :2], target[..., :2]), torch.minimum(boxes[..., 2:], target[..., 2:]))
@@ -89,20 +89,20 @@ def iou_log_loss(boxes: Tensor, target: Tensor, eps: float = 1e-6) -> Tensor:
     return -(overlap / union).clamp(min=eps).log()
 
 
-#: Losses of decoded boxes by the name that configs give them.
+#: Losses of decoded boxes, by their names in configs.
 BOX_LOSSES = {"giou": giou_loss, "iou_log": iou_log_loss}
 
 
 def quality_focal_loss(logits: Tensor, labels: Tensor, scores: Tensor, beta: float = 2.0) -> Tensor:
-    """Quality focal loss (GFL, arXiv 2006.04388, equation 1): the label's class should score as its box overlaps.
+    """Quality focal loss (GFL, arXiv 2006.04388, equation 1): scores of labeled classes should equal their box's IoU.
 
-    ``BCE(x, y) * |sigmoid(x) - y|^beta`` with y = score for the label's class and 0 for the others; the gradient
-    flows through both factors.
+    ``BCE(x, y) * |sigmoid(x) - y|^beta`` with y = score for the labeled class and 0 for the others; gradients flow
+    through both factors.
 
     Args:
         logits: x, (M, K).
-        labels: (M,), 0..K-1 a class, K background.
-        scores: IoU of each prediction with its ground truth, (M,), 0 to 1; of no meaning for background.
+        labels: (M,), where 0..K-1 are classes and K is background.
+        scores: IoU of each prediction with its ground truth, (M,), 0 to 1; not used for background.
         beta: focusing exponent, >= 0.
 
     Returns:
@@ -113,33 +113,33 @@ def quality_focal_loss(logits: Tensor, labels: Tensor, scores: Tensor, beta: flo
 
 
 def distribution_focal_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """Distribution focal loss (GFL, arXiv 2006.04388, equation 6): the two bins around the target gain probability.
+    """Distribution focal loss (GFL, arXiv 2006.04388, equation 6): raises the probability of the bins at the target.
 
     Args:
         logits: (M, B), over distances 0 to B-1.
-        target: distances (M,), at least 0 and less than B-1.
+        target: distances, (M,), at least 0 and less than B-1.
 
     Returns:
-        (M,), the cross entropies of both bins, weighted by how near the target is to each.
+        (M,), the cross entropies of the two bins, weighted by how close the target is to each.
     """
     log_probs = F.log_softmax(logits.float(), dim=1)
     low = target.detach().long()
-    share = target.detach().float() - low
+    fraction = target.detach().float() - low
     both = torch.stack([low, low + 1], dim=1)
-    return -(log_probs.gather(1, both) * torch.stack([1 - share, share], dim=1)).sum(1)
+    return -(log_probs.gather(1, both) * torch.stack([1 - fraction, fraction], dim=1)).sum(1)
 
 
 def centerness_targets(anchors: Tensor, boxes: Tensor) -> Tensor:
-    """How central anchors lie in boxes (FCOS, arXiv 1904.01355, equation 3).
+    """Computes how central anchors lie in boxes (FCOS, arXiv 1904.01355, equation 3).
 
     Args:
         anchors: (..., 4) XYXY.
         boxes: (..., 4) XYXY.
 
     Returns:
-        (...), 1 in the middle, 0 on the border and outside.
+        (...), 1 at the center, 0 on the border and outside.
     """
-    centres = (anchors[..., :2] + anchors[..., 2:]) / 2
-    sides = torch.stack([centres - boxes[..., :2], boxes[..., 2:] - centres], dim=-1)  # (..., x or y, low or high)
+    centers = (anchors[..., :2] + anchors[..., 2:]) / 2
+    sides = torch.stack([centers - boxes[..., :2], boxes[..., 2:] - centers], dim=-1)  # (..., x or y, low or high)
     ratios = sides.amin(-1) / sides.amax(-1).clamp(min=1e-6)
     return ratios.clamp(min=0).prod(-1).sqrt()

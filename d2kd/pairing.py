@@ -1,30 +1,30 @@
-"""What is checked and prepared when student and teacher meet: levels, anchors, classes, module pairs, inheritance."""
+"""Checks and preparation for a pair of student and teacher: levels, anchors, classes, module pairs, inheritance."""
 
 import logging
+import math
 from typing import Any, Dict, List, Sequence, Tuple, Union
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import Boxes, ImageList
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
-from .contract import level_channels, level_strides
+from .contract import Dense, Pyramid, level_channels, level_strides
 from .data.coco import read_classes
-from .dense import DenseOutputs, run_dense
+from .dense import DenseOutputs, evaluation_mode, run_dense
 from .errors import D2kdError, check_choice, nearest
 
 INHERITABLE = ("neck", "head")
 ALL_NAMES = "*"
 Label = Union[str, int]
 ClassMap = Sequence[Union[str, Sequence[Label]]]
-PROBE_SIZE = 256  # pixels; P7 is 2x2 then, as group norms need
+PROBE_SIZE = 256  # pixels; P7 is then 2x2, large enough for group norms
 
 
-def check_levels(student: DenseDetector, teacher: DenseDetector, resizes: bool = False) -> None:
-    """Raises D2kdError unless both heads read levels of the same strides; if ``resizes``, as many levels."""
+def check_levels(student: Pyramid, teacher: Pyramid, resizes: bool = False) -> None:
+    """Raises D2kdError unless both heads read levels of the same strides, or just as many levels if ``resizes``."""
     own, theirs = level_strides(student), level_strides(teacher)
     if len(own) != len(theirs) if resizes else own != theirs:
         raise D2kdError(
@@ -33,8 +33,8 @@ def check_levels(student: DenseDetector, teacher: DenseDetector, resizes: bool =
         )
 
 
-def check_classes(student: DenseDetector, teacher: DenseDetector) -> None:
-    """Raises D2kdError unless both have the same number of classes, as comparing class predictions needs."""
+def check_classes(student: Dense, teacher: Dense) -> None:
+    """Raises D2kdError unless both have the same number of classes, which comparing class predictions requires."""
     if student.num_classes != teacher.num_classes:
         raise D2kdError(
             f"the student has {student.num_classes} classes and the teacher {teacher.num_classes}; train the teacher "
@@ -43,10 +43,10 @@ def check_classes(student: DenseDetector, teacher: DenseDetector) -> None:
         )
 
 
-def check_heads(student: DenseDetector, teacher: DenseDetector) -> None:
-    """Raises D2kdError unless both heads have the same anchors, as comparing predictions needs.
+def check_heads(student: Dense, teacher: Dense) -> None:
+    """Raises D2kdError unless both heads have the same anchors, which comparing predictions requires.
 
-    Anchors of detectors with one per place (GFL, ATSS, FCOS) may differ: each detector decodes its own.
+    Anchors of detectors with one per place (GFL, ATSS, FCOS) may differ, since each detector decodes its own.
     """
     if {*student.anchor_generator.num_anchors, *teacher.anchor_generator.num_anchors} == {1}:
         return
@@ -54,36 +54,36 @@ def check_heads(student: DenseDetector, teacher: DenseDetector) -> None:
     if own.shape != theirs.shape or not torch.allclose(own, theirs, atol=1e-2):
         raise D2kdError(
             "the anchors of student and teacher differ; set MODEL.ANCHOR_GENERATOR (SIZES, ASPECT_RATIOS, OFFSET) "
-            f"alike: the first of the student is {_first_anchor(own, theirs)}, of the teacher "
-            f"{_first_anchor(theirs, own)}"
+            f"to the same values for both: the first that differs is {_first_anchor(own, theirs)} in the student and "
+            f"{_first_anchor(theirs, own)} in the teacher"
         )
 
 
-def _sample_anchors(detector: DenseDetector, side: int = 512) -> Tensor:
+def _sample_anchors(detector: Dense, side: int = 512) -> Tensor:
     sizes = [-(-side // stride) for stride in level_strides(detector)]
     grids = [torch.zeros(1, 1, size, size, device=detector.device) for size in sizes]
     return Boxes.cat(detector.anchor_generator(grids)).tensor.cpu()
 
 
 def _first_anchor(anchors: Tensor, others: Tensor) -> List[float]:
-    """The first anchor that the others do not have in the same place."""
+    """Returns the first anchor that differs from the other one at the same index."""
     count = min(len(anchors), len(others))
     differ = (anchors[:count] - others[:count]).abs().amax(1) > 1e-2
     return [round(x, 2) for x in anchors[int(differ.int().argmax())].tolist()]
 
 
 def check_sizes(student: DenseOutputs, teacher: DenseOutputs) -> None:
-    """Raises D2kdError unless the feature maps of both have equal sizes on every level."""
+    """Raises D2kdError unless the feature maps of both have the same sizes."""
     own, theirs = ([tuple(f.shape[-2:]) for f in outputs.features] for outputs in (student, teacher))
     if own != theirs:
         raise D2kdError(
-            f"the levels of the student are of sizes {own}, those of the teacher {theirs}: they pad images to "
-            "multiples of another size (backbone.size_divisibility), so choose backbones of the same strides"
+            f"the student's levels have the sizes {own} and the teacher's {theirs}, because they pad images to "
+            "different multiples (backbone.size_divisibility); choose backbones of the same strides"
         )
 
 
 def module_pairs(features: Sequence[str]) -> List[Tuple[str, str]]:
-    """Paths in student and teacher of each entry, "<path>" or "<student's>:<teacher's>"."""
+    """Splits entries "<path>" or "<student's>:<teacher's>" into pairs of paths."""
     pairs = []
     for entry in features:
         own, _, theirs = entry.partition(":")
@@ -92,18 +92,18 @@ def module_pairs(features: Sequence[str]) -> List[Tuple[str, str]]:
 
 
 def probe_channels(
-    student: DenseDetector, teacher: DenseDetector, paths: Sequence[Tuple[str, str]], resizes: bool
+    student: Dense, teacher: Dense, paths: Sequence[Tuple[str, str]], resizes: bool
 ) -> List[Tuple[int, int]]:
-    """Channels of student and teacher for each map that feature methods compare.
+    """Finds the channels of student and teacher for each map that feature methods compare.
 
     Args:
         student: the student.
         teacher: the teacher's detector.
-        paths: modules by :func:`module_pairs`; they are run once on an empty image. Empty: the FPN levels.
-        resizes: maps may differ in size.
+        paths: modules, from :func:`module_pairs`, which run once on an empty image. Empty: the FPN levels.
+        resizes: whether the maps may differ in size.
 
     Raises:
-        D2kdError: a module is not there, gives no feature map, or another number or size of them in both.
+        D2kdError: a module does not exist or returns no feature map, or the number or sizes of the maps differ.
     """
     if not paths:
         return list(zip(level_channels(student), level_channels(teacher)))
@@ -118,25 +118,24 @@ def probe_channels(
 
 
 @torch.no_grad()
-def probe(detector: DenseDetector, paths: Sequence[str]) -> List[Tensor]:
-    """What modules give for an empty image; norms' statistics stay as they are."""
-    training = {module: module.training for module in detector.modules()}
-    divisor = max(detector.backbone.size_divisibility, 1)
-    side = -(-PROBE_SIZE // divisor) * divisor
-    images = ImageList(torch.zeros(1, 3, side, side, device=detector.device), [(side, side)])
-    try:
-        with EventStorage():
-            maps = run_dense(detector.eval(), images, paths=paths).tapped_maps
-    finally:
-        for module, mode in training.items():
-            module.training = mode
+def probe(detector: Dense, paths: Sequence[str]) -> List[Tensor]:
+    """Returns what modules give for an empty image; the statistics of norms do not change."""
+    with EventStorage(), evaluation_mode(detector):
+        maps = run_dense(detector, empty_batch(detector), paths=paths).tapped_maps
     if not maps:
         raise D2kdError(f"MODEL.DISTILL.FEATURES: {', '.join(paths)} give no feature maps (N, C, H, W)")
     return maps
 
 
+def empty_batch(*detectors: Dense) -> ImageList:
+    """A preprocessed batch of one empty image, padded as all of the detectors need it, on the device of the first."""
+    divisor = math.lcm(*(max(detector.backbone.size_divisibility, 1) for detector in detectors))
+    side = -(-PROBE_SIZE // divisor) * divisor
+    return ImageList(torch.zeros(1, 3, side, side, device=detectors[0].device), [(side, side)])
+
+
 def class_names(cfg: CfgNode) -> List[str]:
-    """Names of the classes of a config's first training set, by index; empty where the set or its names are unknown."""
+    """Names of the classes of a config's first training set; empty if the set or its names are not known."""
     if not cfg.DATASETS.TRAIN:
         return []
     metadata = MetadataCatalog.get(cfg.DATASETS.TRAIN[0])
@@ -145,7 +144,7 @@ def class_names(cfg: CfgNode) -> List[str]:
         try:
             names = read_classes(metadata.json_file).values()
         except D2kdError:
-            return []  # the teacher's data set need not be here
+            return []  # the teacher's data set may be missing here
     return list(names or [])
 
 
@@ -156,8 +155,8 @@ def match_classes(
 
     Args:
         class_map: see :class:`DistillMetaArch`.
-        student: names, empty where unknown, and number of the student's classes.
-        teacher: likewise of the teacher.
+        student: names (empty if unknown) and number of the student's classes.
+        teacher: names (empty if unknown) and number of the teacher's classes.
 
     Returns:
         Indices of the shared classes in student and teacher, in the same order; may be empty with "*".
@@ -199,7 +198,7 @@ def class_index(label: Label, who: str, names: Sequence[str], number: int) -> in
 
 
 @torch.no_grad()
-def inherit_parts(student: DenseDetector, teacher: DenseDetector, parts: Sequence[str]) -> None:
+def inherit_parts(student: nn.Module, teacher: nn.Module, parts: Sequence[str]) -> None:
     """Copies whole parts of the teacher's weights into the student.
 
     Args:
@@ -208,7 +207,7 @@ def inherit_parts(student: DenseDetector, teacher: DenseDetector, parts: Sequenc
         parts: "neck" (the backbone without its bottom-up network) and "head".
 
     Raises:
-        D2kdError: a part is unknown, or has not the same tensors in both; nothing is copied then.
+        D2kdError: a part is unknown, or its tensors differ in name or shape; nothing is copied then.
     """
     copied: Dict[str, Tensor] = {}
     for part in parts:
@@ -226,14 +225,14 @@ def inherit_parts(student: DenseDetector, teacher: DenseDetector, parts: Sequenc
             )
         copied.update(theirs)
     if copied:
-        own = student.state_dict()  # load_state_dict would reset frozen norms that are not among them
+        own = student.state_dict()  # load_state_dict would reset frozen norms in other parts
         for key, value in copied.items():
             own[key].copy_(value)
         logging.getLogger(__name__).info("Inherited from the teacher: %s", ", ".join(copied))
 
 
 def part_state(detector: nn.Module, part: str) -> Dict[str, Tensor]:
-    """The tensors of a part by name."""
+    """Tensors of a part, by name."""
     state: Dict[str, Any] = detector.state_dict()
     if part == "head":
         return {key: value for key, value in state.items() if key.startswith("head.")}
@@ -241,5 +240,5 @@ def part_state(detector: nn.Module, part: str) -> Dict[str, Tensor]:
 
 
 def shape_of(state: Dict[str, Tensor], key: str) -> Any:
-    """Shape of a tensor, None if it is not there."""
+    """Shape of a tensor; None if there is none of that name."""
     return tuple(state[key].shape) if key in state else None

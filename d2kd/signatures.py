@@ -1,15 +1,15 @@
-"""Options are the keyword arguments of the classes that they configure; this reads them there."""
+"""Options are the keyword arguments of the classes that they configure; this module reads them from signatures."""
 
 import inspect
 from typing import Any, Callable, Dict
 
 
-def parameters(maker: Callable[..., Any], base: type = object) -> Dict[str, inspect.Parameter]:
-    """Named parameters of a function; of a class with those of its bases, to which it passes on.
+def arguments(maker: Callable[..., Any], base: type = object) -> Dict[str, inspect.Parameter]:
+    """Named arguments of a function, or of a class including those that it passes on to its bases.
 
     Args:
-        maker: the function or class.
-        base: how far up bases are read.
+        maker: a function or class.
+        base: the last of the bases to read.
     """
     classes = list(reversed(inspect.getmro(maker))) if inspect.isclass(maker) else []
     own = [vars(cls)["__init__"] for cls in classes if issubclass(cls, base) and "__init__" in vars(cls)]
@@ -18,5 +18,5 @@ def parameters(maker: Callable[..., Any], base: type = object) -> Dict[str, insp
 
 
 def defaults(maker: Callable[..., Any], base: type = object) -> Dict[str, Any]:
-    """Those of :func:`parameters` that have defaults, with these."""
-    return {name: p.default for name, p in parameters(maker, base).items() if p.default is not p.empty}
+    """Default values of those :func:`arguments` that have one."""
+    return {name: p.default for name, p in arguments(maker, base).items() if p.default is not p.empty}

@@ -1,44 +1,85 @@
 """The teacher: a frozen detector in eval mode, kept out of the student's module tree."""
 
 import logging
-from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+import os
+from typing import Any, Dict, List, Optional, Sequence, Tuple, cast
 
 import torch
 from detectron2.config import LazyConfig, instantiate
 from detectron2.modeling import build_model
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
+from torch import nn
 
 from .checkpoint import load_strict
 from .config import drop_teacher, find_config, load_config
+from .contract import Dense, channel_order
 from .dense import DenseOutputs, preprocess, run_dense
 from .errors import D2kdError
 from .heads import Cut
-from .pairing import (
-    class_names,
-)
+from .pairing import class_names
+
+_LOG = logging.getLogger(__name__)
 
 
 class Teacher:
     """A frozen detector in eval mode, kept out of the student's module tree.
 
-    It is no ``nn.Module``, so it appears in none of the student's parameters, modules, state dict, DDP buckets or
+    It is not an ``nn.Module``, so it is not among the student's parameters, modules, state dict, DDP buckets or
     optimizer groups, and ``student.train()`` does not reach it. Copies of a student share it.
 
     Args:
-        detector: a dense detector that holds its weights already.
+        detector: a dense detector.
         input_format: channel order it was trained with, "BGR" or "RGB".
-        class_names: of its classes, where known; for MODEL.DISTILL.CLASS_MAP.
-        weights: the file that all of them come from, if they do; for reports.
+        class_names: names of its classes, if known; for MODEL.DISTILL.CLASS_MAP.
+        weights: the file that all its weights come from, if there is one.
+        loaded: whether the detector holds its weights already; otherwise :meth:`prepare` loads them from ``weights``.
     """
 
     def __init__(
-        self, detector: DenseDetector, input_format: str, class_names: Sequence[str] = (), weights: str = ""
+        self,
+        detector: nn.Module,
+        input_format: str,
+        class_names: Sequence[str] = (),
+        weights: str = "",
+        loaded: bool = True,
     ) -> None:
-        self.detector = detector.eval().requires_grad_(False)
+        self.network = detector.eval().requires_grad_(False)
         self.input_format = input_format
         self.class_names = list(class_names)
         self.weights = weights
+        self.loaded = loaded
+
+    @property
+    def architecture(self) -> Dense:
+        """The detector, whether its weights are loaded or not: for its structure only."""
+        return cast(Dense, self.network)
+
+    @property
+    def detector(self) -> Dense:
+        """The detector with its weights; raises D2kdError if they cannot be loaded."""
+        self.prepare()
+        return self.architecture
+
+    def prepare(self) -> None:
+        """Loads the weights, completely or not at all, unless that is done.
+
+        Raises:
+            D2kdError: there are none, or they do not fill the whole detector.
+        """
+        if self.loaded:
+            return
+        if not self.weights:
+            raise D2kdError(
+                "the teacher has no weights: set MODEL.DISTILL.TEACHER.WEIGHTS (LazyConfig: model.teacher.weights)"
+            )
+        load_strict(self.network, self.weights)
+        self.loaded = True
+        name = type(self.network).__name__
+        _LOG.info("Teacher %s (%s) with weights from %s", name, self.input_format, self.weights)
+
+    def apply_to_tensors(self, function: Any, *args: Any, **kwargs: Any) -> None:
+        """Moves or casts the detector as ``nn.Module._apply`` does, which has no public name."""
+        self.network._apply(function, *args, **kwargs)
 
     def __deepcopy__(self, memo: Dict[int, Any]) -> "Teacher":
         return self
@@ -55,14 +96,14 @@ class Teacher:
         """Runs the teacher on raw images, with its own preprocessing.
 
         Args:
-            batched_inputs: as :class:`DatasetMapper` gives them.
+            batched_inputs: as :class:`DatasetMapper` returns them.
             input_format: channel order of these images.
-            cuts: tower features to keep.
-            with_head: False runs the backbone only.
+            cuts: which tower features to keep.
+            with_head: whether to run the head after the backbone.
             paths: modules whose outputs to keep.
 
         Raises:
-            D2kdError: someone put the teacher into training mode.
+            D2kdError: the teacher is in training mode, or its weights cannot be loaded.
         """
         if any(module.training for module in self.detector.modules()):
             raise D2kdError("the teacher was put into training mode; call .eval() on it, or leave it alone")
@@ -79,32 +120,37 @@ def load_teacher(
 ) -> Teacher:
     """Builds a teacher from a config and loads its weights, completely or not at all.
 
+    Evaluation needs no teacher, so a file that is not on this machine (a URL, or a path without a file) is not an error
+    yet: the teacher loads it when it is first used.
+
     Args:
-        config_file: a ``.yaml``, the ``.py`` of a LazyConfig with a ``model``, or a name of detectron2's model zoo.
+        config_file: a ``.yaml`` file, the ``.py`` file of a LazyConfig with a ``model``, or a name of detectron2's
+            model zoo.
         weights: anything :class:`DetectionCheckpointer` reads, or an mmdetection checkpoint.
         opts: overrides of the config, in its own style.
-        device: where it is built; a student moves it to its own device.
+        device: where to build it; a student moves it to its own device.
         input_format: "BGR" or "RGB"; by default what the config says.
 
     Raises:
-        D2kdError: there is no config or file, or the weights do not fill the whole model.
+        D2kdError: there is no such config, its model is not a dense detector, or the weights do not fill all of it.
     """
-    if not weights:
-        raise D2kdError("the teacher has no weights: set MODEL.DISTILL.TEACHER.WEIGHTS (LazyConfig: teacher.weights)")
     path = find_config(config_file)
-    if path.endswith(".py"):
-        lazy = LazyConfig.apply_overrides(LazyConfig.load(path), list(opts))
-        detector = instantiate(lazy.model).to(device)
-        config_format, names = getattr(detector, "input_format", "BGR"), []
-    else:
-        cfg = load_config(path, opts)
-        cfg.MODEL.DEVICE = device
-        drop_teacher(cfg)  # a teacher that was itself distilled needs no teacher of its own
-        detector = build_model(cfg)
-        config_format, names = cfg.INPUT.FORMAT, class_names(cfg)
+    detector, config_format, names = _build(path, opts, device)
     if not isinstance(detector, DenseDetector):
         raise D2kdError(f"the teacher of {config_file} is a {type(detector).__name__}, not a dense detector")
-    load_strict(detector, weights)
-    teacher = Teacher(detector, input_format or config_format, names, weights)
-    logging.getLogger(__name__).info("Teacher %s (%s) from %s", Path(path).name, teacher.input_format, weights)
+    teacher = Teacher(detector, input_format or config_format, names, weights, loaded=False)
+    if os.path.isfile(weights):
+        teacher.prepare()
     return teacher
+
+
+def _build(path: str, opts: Sequence[str], device: str) -> Tuple[nn.Module, str, List[str]]:
+    """Builds the detector of a config, without a teacher of its own; returns it, its channel order and class names."""
+    if path.endswith(".py"):
+        lazy = LazyConfig.apply_overrides(LazyConfig.load(path), list(opts))
+        drop_teacher(lazy)
+        detector = instantiate(lazy.model).to(device)
+        return detector, channel_order(detector), []
+    cfg = load_config(path, opts, with_teacher=False)
+    cfg.MODEL.DEVICE = device
+    return build_model(cfg), cfg.INPUT.FORMAT, class_names(cfg)

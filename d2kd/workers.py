@@ -1,4 +1,4 @@
-"""Numbers that belong to all workers together."""
+"""Numbers shared by all workers."""
 
 import torch
 from detectron2.utils import comm
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def mean_over_workers(value: Tensor) -> Tensor:
-    """Averages a number without gradient over all workers."""
+    """Averages a tensor over all workers; no gradient flows through it."""
     if comm.get_world_size() > 1:
         value = value.clone()
         torch.distributed.all_reduce(value)
@@ -15,5 +15,5 @@ def mean_over_workers(value: Tensor) -> Tensor:
 
 
 def at_least_one(mean: Tensor) -> Tensor:
-    """Clamps a number that was averaged over workers so that its sum over them is at least 1, as for one worker."""
+    """Clamps an average over workers so that the sum over workers is at least 1."""
     return mean.clamp(min=1 / comm.get_world_size())

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Prepares BCCD (blood cells: RBC, WBC, platelets) in COCO's format.
+"""Prepares BCCD (blood cells: RBC, WBC, platelets) in COCO format.
 
-SOURCE is either a checkout of https://github.com/Shenggan/BCCD_Dataset (Pascal VOC files, converted) or a folder that
-is already in COCO's format: images/ and instances_{train,val,test}.json (taken as it is).
+SOURCE is either a checkout of https://github.com/Shenggan/BCCD_Dataset, whose Pascal VOC files are converted, or a
+folder that is already in COCO format: images/ and instances_{train,val,test}.json, which are used unchanged.
 """
 
 import argparse
@@ -22,7 +22,7 @@ SPLITS = ("train", "val", "test")
 
 
 def find_voc(source: Path) -> Optional[Path]:
-    """Returns the folder with JPEGImages, Annotations and ImageSets: ``source`` or ``source/BCCD``, or None."""
+    """Returns which of ``source`` and ``source/BCCD`` has JPEGImages, Annotations and ImageSets, or None."""
     needed = ("JPEGImages", "Annotations", "ImageSets/Main")
     found = (folder for folder in (source, source / "BCCD") if all((folder / name).is_dir() for name in needed))
     return next(found, None)
@@ -32,10 +32,10 @@ def load_source(source: Path) -> Tuple[Dict[str, Dict[str, Any]], Path, List[str
     """Reads and checks all of SOURCE.
 
     Args:
-        source: folder in COCO's or VOC's layout.
+        source: folder in COCO or VOC layout.
 
     Returns:
-        The COCO content of each split, the folder of the images, and one line per annotation that was dropped.
+        The COCO content of each split, the folder with the images, and one line per annotation that was dropped.
 
     Raises:
         D2kdError: ``source`` has neither layout, or a file in it is missing or damaged.
@@ -47,7 +47,7 @@ def load_source(source: Path) -> Tuple[Dict[str, Dict[str, Any]], Path, List[str
     if not (source / "images").is_dir():
         raise D2kdError(
             f"{source} has neither BCCD/JPEGImages, BCCD/Annotations and BCCD/ImageSets/Main nor images/ and "
-            "instances_{train,val,test}.json; give a checkout of https://github.com/Shenggan/BCCD_Dataset"
+            "instances_{train,val,test}.json; pass a checkout of https://github.com/Shenggan/BCCD_Dataset"
         )
     files = {split: source / f"instances_{split}.json" for split in SPLITS}
     for file in files.values():
@@ -61,10 +61,10 @@ def convert_split(voc: Path, split: str, dropped: List[str]) -> Dict[str, Any]:
     Args:
         voc: folder with Annotations and ImageSets.
         split: name of the split.
-        dropped: gets one line per annotation left out.
+        dropped: one line is appended for each annotation that is dropped.
 
     Returns:
-        The content of the split's annotation file.
+        The content of the annotation file of the split.
 
     Raises:
         D2kdError: a file is missing or damaged.
@@ -99,15 +99,15 @@ def convert_image(xml: Path, file_name: str, dropped: List[str]) -> Tuple[Dict[s
     """Converts the VOC file of one image.
 
     Args:
-        xml: VOC annotation file.
-        file_name: name of the image; the number at the end of its stem becomes the image id.
-        dropped: gets one line per box without area.
+        xml: VOC annotation file; the number at the end of its name becomes the image id.
+        file_name: file name of the image.
+        dropped: one line is appended for each box without area.
 
     Returns:
-        The COCO entries of the image and of its boxes, these without ``id``.
+        The COCO entry of the image, and those of its boxes, without ``id``.
 
     Raises:
-        D2kdError: the file is missing or damaged, or names a class that is not in BCCD.
+        D2kdError: the file is missing or damaged, or has a class that is not in BCCD.
     """
     text = read_text(xml)
     try:
@@ -121,14 +121,14 @@ def convert_image(xml: Path, file_name: str, dropped: List[str]) -> Tuple[Dict[s
         }
         objects = [convert_object(entry) for entry in tree.iter("object")]
     except (ElementTree.ParseError, TypeError, ValueError) as error:
-        raise D2kdError(f"{xml} is not a VOC annotation of BCCD ({error}); get it anew from BCCD_Dataset") from None
+        raise D2kdError(f"{xml} is not a VOC annotation of BCCD ({error}); get it again from BCCD_Dataset") from None
     annotations = []
     for category, corners in objects:
         xmin, ymin, xmax, ymax = corners
         if xmax <= xmin or ymax <= ymin:
             dropped.append(f"{xml.stem}: {CLASS_NAMES[category - 1]} box without area {corners}")
             continue
-        # VOC counts pixels from 1 and the box includes both corners.
+        # VOC counts pixels from 1, and boxes include both corners.
         bbox = [xmin - 1, ymin - 1, xmax - xmin + 1, ymax - ymin + 1]
         annotations.append(
             {"image_id": image["id"], "category_id": category, "bbox": bbox, "area": bbox[2] * bbox[3], "iscrowd": 0}
@@ -137,7 +137,7 @@ def convert_image(xml: Path, file_name: str, dropped: List[str]) -> Tuple[Dict[s
 
 
 def convert_object(entry: ElementTree.Element) -> Tuple[int, List[int]]:
-    """Returns the category id and the corners xmin, ymin, xmax, ymax of a VOC object; ValueError if one is wrong."""
+    """Returns the category id and [xmin, ymin, xmax, ymax] of a VOC object; raises ValueError if it is invalid."""
     name = entry.findtext("name", "")
     if name not in CLASS_NAMES:
         raise ValueError(f"unknown class '{name}'")
@@ -147,7 +147,7 @@ def convert_object(entry: ElementTree.Element) -> Tuple[int, List[int]]:
 
 
 def place(source: Path, target: Path, link: bool) -> None:
-    """Copies or links one file in one step; a file that is there is replaced."""
+    """Copies or links a file atomically, replacing an existing one."""
     temporary = target.with_name(target.name + ".tmp")
     temporary.unlink(missing_ok=True)
     if link:
@@ -158,21 +158,21 @@ def place(source: Path, target: Path, link: bool) -> None:
 
 
 def prepare(source: Path, output: Path, link: bool) -> Tuple[Dict[str, Dict[str, Any]], List[str]]:
-    """Reads SOURCE and writes the data set; nothing is written before all of SOURCE has been read.
+    """Reads SOURCE and writes the data set. Nothing is written before all of SOURCE has been read.
 
     Args:
-        source: folder in COCO's or VOC's layout.
-        output: folder of the data set; gets ``images``, ``instances_<split>.json`` and the licence, if there is one.
+        source: folder in COCO or VOC layout.
+        output: folder for ``images``, ``instances_<split>.json`` and the license, if there is one.
         link: link the images instead of copying them.
 
     Returns:
         The COCO content of each split, and one line per annotation that was dropped.
 
     Raises:
-        D2kdError: ``source`` is not usable, or is ``output`` itself.
+        D2kdError: ``source`` is not usable, or is the same as ``output``.
     """
     if source.resolve() == output.resolve():
-        raise D2kdError(f"SOURCE and --output are both {source}; give another folder as --output")
+        raise D2kdError(f"SOURCE and --output are both {source}; choose another --output")
     contents, images, dropped = load_source(source)
     names = [image["file_name"] for content in contents.values() for image in content["images"]]
     missing = [name for name in names if not (images / name).is_file()]
@@ -181,16 +181,16 @@ def prepare(source: Path, output: Path, link: bool) -> Tuple[Dict[str, Dict[str,
     (output / "images").mkdir(parents=True, exist_ok=True)
     for name in names:
         place(images / name, output / "images" / name, link)
-    for licence in source.glob("LICENSE*"):
-        place(licence, output / licence.name, link=False)
-    # Last, so that an interrupted run leaves no annotation file without its images.
+    for license_file in source.glob("LICENSE*"):
+        place(license_file, output / license_file.name, link=False)
+    # Written last, so that an interrupted run leaves no annotation file without its images.
     for split, content in contents.items():
         write_coco(content, output / f"instances_{split}.json")
     return contents, dropped
 
 
 def summary(contents: Dict[str, Dict[str, Any]], dropped: List[str]) -> str:
-    """Returns a table of images and boxes per class and split, and what was dropped."""
+    """Returns a table of the images and boxes per class and split, followed by what was dropped."""
     row = "{:<6}" + "{:>10}" * (len(CLASS_NAMES) + 2)
     lines = [row.format("split", "images", *CLASS_NAMES, "boxes")]
     for split, content in contents.items():
@@ -203,12 +203,12 @@ def summary(contents: Dict[str, Dict[str, Any]], dropped: List[str]) -> str:
 
 def main(arguments: Optional[List[str]] = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, metavar="SOURCE", help="folder in the VOC or COCO layout described above")
+    parser.add_argument("source", type=Path, metavar="SOURCE", help="folder in VOC or COCO layout, see above")
     parser.add_argument(
         "--output",
         type=Path,
         default=dataset_root() / "bccd",
-        help="folder to write; default: bccd in $DETECTRON2_DATASETS or datasets",
+        help="output folder (default: bccd in $DETECTRON2_DATASETS or datasets)",
     )
     parser.add_argument("--link", action="store_true", help="link the images instead of copying them")
     options = parser.parse_args(arguments)

@@ -90,17 +90,17 @@ FIRST = ("annotations", 0)
 REFUSED = {
     "an image is no object": (put("images", 1, [1]), "images[1] is [1]; make it an object {...}"),
     "an annotation is no object": (put("annotations", 2, None), "annotations[2] is None; make it an object"),
-    "no image id": (drop("images", 1, "id"), "images[1] has no id; set it to an integer or string of its own"),
+    "no image id": (drop("images", 1, "id"), "images[1] has no id; set it to a unique integer or string"),
     "image id is a list": (put("images", 1, "id", [2]), "images[1] has id [2]; "),
     "image id is a fraction": (put("images", 1, "id", 2.5), "images[1] has id 2.5; "),
     "image id is true": (put("images", 1, "id", True), "images[1] has id True; "),
     "image id is beyond int64": (put("images", 1, "id", 2**63), "images[1] has id 9223372036854775808; "),
     "image id is cut off by NumPy": (put("images", 1, "id", "2\0"), r"images[1] has id '2\x00'; "),
     "image ids of two kinds": (put("images", 1, "id", "2"), "the ids of 'images' are integers and strings; use one"),
-    "image ids repeat": (repeat("images"), "2 entries of 'images' have the id 1; give each its own"),
+    "image ids repeat": (repeat("images"), "2 entries of 'images' have the id 1; give each a unique id"),
     "category ids repeat": (repeat("categories"), "2 entries of 'categories' have the id 1; "),
     "annotation ids repeat": (repeat("annotations"), "2 entries of 'annotations' have the id 1; "),
-    "annotation id is a string": (put(*FIRST, "id", "x"), "annotations[0] has id 'x'; set it to an integer of"),
+    "annotation id is a string": (put(*FIRST, "id", "x"), "annotations[0] has id 'x'; set it to a unique integer"),
     "annotation id is infinite": (put(*FIRST, "id", float("inf")), "annotations[0] has id inf; "),
     "no file name": (drop("images", 0, "file_name"), "images[0] (id 1) has no file_name; set it to the name of the"),
     "file name is empty": (put("images", 0, "file_name", ""), "images[0] (id 1) has file_name ''; "),
@@ -117,9 +117,9 @@ REFUSED = {
     "category name is half a character": (put("categories", 1, "name", "\ud800"), "categories[1] (id 3) has name"),
     "unknown image": (
         put(*FIRST, "image_id", 9),
-        "annotations[0] (id 1) has image_id 9; set it to an id that is among",
+        "annotations[0] (id 1) has image_id 9; set it to an id from '",
     ),
-    "no image": (drop(*FIRST, "image_id"), "annotations[0] (id 1) has no image_id; set it to an id that is among"),
+    "no image": (drop(*FIRST, "image_id"), "annotations[0] (id 1) has no image_id; set it to an id from '"),
     "image is a list": (put(*FIRST, "image_id", [1]), "annotations[0] (id 1) has image_id [1]; "),
     "unknown category": (put(*FIRST, "category_id", 2), "annotations[0] (id 1) has category_id 2; "),
     "category is an object": (put(*FIRST, "category_id", {}), "annotations[0] (id 1) has category_id {}; "),
@@ -137,7 +137,7 @@ REFUSED = {
     "box of negative height": (put(*FIRST, "bbox", [9, 9, 3, -4]), "annotations[0] (id 1) has bbox [9, 9, 3, -4]; "),
     "no area": (
         drop(*FIRST, "area"),
-        "annotations[0] (id 1) has no area; set it to a number from 0 to 1e+10 (width x height will do); ",
+        "annotations[0] (id 1) has no area; set it to a number from 0 to 1e+10 (for instance width x height); ",
     ),
     "area is a string": (
         put(*FIRST, "area", "big"),
@@ -151,7 +151,7 @@ REFUSED = {
     "iscrowd is 2": (put(*FIRST, "iscrowd", 2), "annotations[0] (id 1) has iscrowd 2; "),
     "ignore": (
         put(*FIRST, "ignore", 1),
-        "annotations[0] (id 1) has ignore 1; set it to 0 (perhaps iscrowd 1 is meant)",
+        "annotations[0] (id 1) has ignore 1; set it to 0 (did you mean iscrowd 1?)",
     ),
     "segmentation is a number": (put(*FIRST, "segmentation", 1), "annotations[0] (id 1) has segmentation 1; "),
     "polygon is a number": (put(*FIRST, "segmentation", [1] * 6), "annotations[0] (id 1) has segmentation [1, 1, "),
@@ -163,9 +163,9 @@ REFUSED = {
         "annotations[0] (id 1) has keypoints 'abc'; set it to a",
     ),
     "keypoints of strings": (put(*FIRST, "keypoints", ["1"]), "annotations[0] (id 1) has keypoints ['1']; "),
-    "shares of the size": (
+    "boxes normalized by the size": (
         lambda content: [a.update(bbox=[0.1, 0.5, 0.2, 0.3]) for a in content["annotations"]],
-        "all boxes end within the first pixel, as if in shares of the size; give pixels",
+        "all boxes end within the first pixel, as if normalized by the image size; use pixels",
     ),
     "crowds alone": (
         lambda content: [a.update(iscrowd=1) for a in content["annotations"]],
@@ -193,7 +193,7 @@ def test_what_cannot_be_used_is_refused(mistake, tmp_path):
 
 @pytest.mark.parametrize("text", ["", "[", '{"images": ', "\ufeff{}", "[" * 100_000])
 def test_what_is_no_json_is_refused(text, tmp_path):
-    with pytest.raises(D2kdError, match=r"a\.json is not a JSON file \(.+\); give an annotation file in COCO"):
+    with pytest.raises(D2kdError, match=r"a\.json is not a JSON file \(.+\); use an annotation file in COCO"):
         check_coco(write(tmp_path, text), tmp_path / "images")
 
 
@@ -258,16 +258,16 @@ ODD = {
     ),
     "reaching out": (
         lambda content: [a.update(bbox=[-1.5, 2, 9, 3]) for a in content["annotations"][2:4]],
-        "boxes that reach out of their image: 2, such as annotation 3 with [-1.5, 2, 9, 3] (training cuts them off)",
+        "boxes that extend beyond their image: 2, such as annotation 3 with [-1.5, 2, 9, 3] (training clips them)",
     ),
     "two points": (
         put(*FIRST, "segmentation", [[1, 2, 3, 4]]),
-        "boxes whose segmentation has no polygon of three points: 1, such as annotation 1",
+        "boxes whose segmentation has no polygon with three points: 1, such as annotation 1",
     ),
-    "file twice": (put("images", 2, "file_name", "a.png"), "file names of several images: 1, such as 'a.png'"),
+    "file twice": (put("images", 2, "file_name", "a.png"), "file names shared by several images: 1, such as 'a.png'"),
     "ids from 0": (
         shift_ids,
-        "annotation ids below 1: 2, such as -1 (evaluation takes these objects for not found)",
+        "annotation ids below 1: 2, such as -1 (evaluation counts these objects as not found)",
     ),
 }
 
@@ -283,7 +283,7 @@ def test_what_would_be_dropped_silently_is_counted(what, tmp_path, caplog):
     (record,) = caplog.records
     assert record.getMessage().startswith(f"{path}: {message}")
     assert record.getMessage().count("such as") == 1
-    assert record.getMessage().endswith("; mend these entries or remove them")
+    assert record.getMessage().endswith("; fix or remove these entries")
 
 
 def test_a_pixel_of_tolerance(tmp_path, caplog):
@@ -294,7 +294,7 @@ def test_a_pixel_of_tolerance(tmp_path, caplog):
     assert not caplog.records
 
 
-def test_all_that_is_odd_stands_in_one_warning_and_idle_images_are_told(tmp_path, caplog):
+def test_one_warning_lists_all_defects_and_images_without_boxes_are_counted(tmp_path, caplog):
     content = content_of()
     content["annotations"][0]["bbox"] = [1, 2, 0, 3]
     content["annotations"][2]["bbox"] = [50, 2, 9, 3]
@@ -403,7 +403,7 @@ def other_size(path):
     Image.new("RGB", (41, 30)).save(path)
 
 
-def turned(path):
+def rotated(path):
     exif = Image.Exif()
     exif[images.ORIENTATION] = 6
     Image.new("RGB", (40, 30)).save(path, exif=exif)
@@ -414,8 +414,11 @@ SPOILS = {
     "empty": (lambda path: path.write_bytes(b""), "cannot identify image file"),
     "gone": (lambda path: path.unlink(), "No such file or directory"),
     "truncated": (truncated, "truncated"),
-    "other size": (other_size, "it has 41 x 30 pixels, the annotations say 40 x 30"),
-    "turned": (turned, "it has 30 x 40 pixels, turned by its EXIF orientation, the annotations say 40 x 30"),
+    "other size": (other_size, "it has 41 x 30 pixels, but the annotations say 40 x 30"),
+    "rotated": (
+        rotated,
+        "it has 30 x 40 pixels after rotation by its EXIF orientation, but the annotations say 40 x 30",
+    ),
 }
 
 
@@ -433,7 +436,7 @@ def test_images_to_evaluate_are_opened_before(how, tmp_path):
 def test_of_many_images_some_are_opened(tmp_path, monkeypatch):
     path = write(tmp_path, content_of())
     opened = []
-    monkeypatch.setattr(images, "reading_fault", lambda path, size, decode: opened.append(path) or "")
+    monkeypatch.setattr(images, "read_fault", lambda path, size, decode: opened.append(path) or "")
     monkeypatch.setattr(images, "HEADERS_READ", 2)
     check_coco(path, tmp_path / "images")
     assert [os.path.basename(path) for path in opened] == ["a.png", "c.png"]
@@ -468,10 +471,7 @@ def test_training_names_the_image_it_cannot_read(how, workers, tmp_path):
     message = str(caught.value)
     assert message.startswith(f"the image {tmp_path}/images/b.png (id 2) cannot be used: ")
     assert reason in message
-    assert message.endswith(
-        "; mend the file or its entry, or set DATALOADER.SKIP_BAD_IMAGES True (LazyConfig: train.skip_bad_images=True) "
-        "to train without it"
-    )
+    assert message.endswith("; fix the file or its entry, or set DATALOADER.SKIP_BAD_IMAGES True to train without it")
     assert "\n" not in message
 
 
@@ -497,7 +497,7 @@ def test_an_error_of_the_system_is_told_though_it_is_gone(tmp_path):
         raise OSError(5, "Input/output error")
 
     write(tmp_path, content_of())
-    with pytest.raises(D2kdError, match=r"the image .* cannot be used: Input/output error; mend"):
+    with pytest.raises(D2kdError, match=r"the image .* cannot be used: Input/output error; fix"):
         next(iter(loader(tmp_path, mapper=fails)))
 
 
@@ -600,7 +600,7 @@ def test_a_run_with_bad_images_counts_them(style, cells, capfd):
     assert run(*opts, flags=["--resume"]) == 0
     out = capfd.readouterr().out
     for own in SPOILT:
-        assert out.count(f"{own} (id") == out.count("Another image takes the place of one: ") / 2 == 1
+        assert out.count(f"{own} (id") == out.count("Replaced an image by another one: ") / 2 == 1
     assert [line["bad_images"] for line in read_metrics(cells.output) if "bad_images" in line][-1] == 2
 
 
@@ -634,7 +634,7 @@ def test_evaluation_leaves_out_no_image(style, cells, capfd):
         assert cells.lazy(f"train.init_checkpoint={weights}", "train.skip_bad_images=True", flags=["--eval-only"]) == 2
     error = last_error(capfd)
     assert "val_00002.png (id 2) cannot be used: " in error
-    assert error.endswith("mend the file or its entry, for the results depend on all images")
+    assert error.endswith("fix the file or its entry, since the results depend on all images")
 
 
 def test_a_run_tells_in_its_log_what_is_odd(cells, capfd):

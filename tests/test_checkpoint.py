@@ -306,7 +306,7 @@ def test_torchvision_mistakes(tmp_path: Path, hub: Path) -> None:
     assert "resnet18, resnet34, resnet50, resnet101; did you mean resnet" in text
     assert "no such file" in message(lambda: PathManager.get_local_path(f"torchvision://{tmp_path}/none.pth"))
     other = save(tmp_path / "alexnet.pth", {"features.0.weight": torch.zeros(1)})
-    assert "alexnet.pth: these keys are not a ResNet's: features.0" in message(
+    assert "alexnet.pth: these keys do not belong to a ResNet: features.0" in message(
         lambda: PathManager.get_local_path(f"torchvision://{other}")
     )
     empty = save(tmp_path / "stem.pth", {"conv1.weight": torch.zeros(1)})
@@ -396,7 +396,7 @@ def test_failed_fetch(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None
 
     checkpointer = StrictCheckpointer(model)
     monkeypatch.setattr(checkpointer, "path_manager", type("Offline", (), {"get_local_path": staticmethod(refuse)}))
-    assert "http://x/y.pth could not be fetched" in message(lambda: checkpointer.load("http://x/y.pth"))
+    assert "http://x/y.pth could not be downloaded" in message(lambda: checkpointer.load("http://x/y.pth"))
 
 
 class Other:
@@ -407,16 +407,16 @@ def test_other_objects_are_not_unpickled(model: nn.Module, tmp_path: Path) -> No
     path = tmp_path / "object.pth"
     path.write_bytes(pickle.dumps(Other(), protocol=2))
     for file in (str(path), save(tmp_path / "zip.pth", {"model": model.state_dict(), "cfg": Other()})):
-        assert f"{file} holds other Python objects than weights" in message(lambda file=file: load_strict(model, file))
+        assert f"{file} holds Python objects other than weights" in message(lambda file=file: load_strict(model, file))
 
 
 @pytest.mark.parametrize(
     ("content", "text"),
     [
         ([1, 2], "holds a list, not a state dict"),
-        ({"model": 3}, "holds no state dict under its key model"),
-        ({"epoch": 3}, "holds other things than weights"),
-        ({1: torch.zeros(1)}, "holds other things than weights"),
+        ({"model": 3}, "has no state dict under its key 'model'"),
+        ({"epoch": 3}, "holds values that are not weights"),
+        ({1: torch.zeros(1)}, "holds values that are not weights"),
         ({"model": {}}, "none of its 0 keys match"),
     ],
 )
@@ -427,7 +427,7 @@ def test_files_without_weights(model: nn.Module, tmp_path: Path, content: Any, t
 def test_other_number_of_classes_names_both_shapes(model: nn.Module, tmp_path: Path) -> None:
     path = save(tmp_path / "seven.pth", {"model": small_model(classes=7).state_dict()})
     text = message(lambda: load_strict(model, path))
-    assert f"{path} does not fit the model: 2 of another shape" in text
+    assert f"{path} does not fit the model: 2 with a different shape" in text
     assert "head.cls_score.weight (63, 8, 3, 3) in the file, (45, 8, 3, 3) in the model" in text
 
 

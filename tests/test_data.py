@@ -189,13 +189,13 @@ def test_registered_set_loads(name: str, smears: Path) -> None:
 @pytest.mark.parametrize("files", [("other.json", "images"), ("a.json", "other")])
 def test_register_conflict(name: str, files: List[str]) -> None:
     register_coco(name, "a.json", "images")
-    with pytest.raises(D2kdError, match=f"'{name}' already stands for .*a.json .* choose another name for {files[0]}"):
+    with pytest.raises(D2kdError, match=f"'{name}' is already used for .*a.json .* choose another name for {files[0]}"):
         register_coco(name, *files)
 
 
 def test_register_does_not_take_over_foreign_names(name: str) -> None:
     DatasetCatalog.register(name, list)
-    with pytest.raises(D2kdError, match="already stands for another data set"):
+    with pytest.raises(D2kdError, match="is already used for another data set"):
         register_coco(name, "a.json", "images")
 
 
@@ -234,20 +234,20 @@ def test_check_coco_accepts_a_valid_set(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda content: "{", r"a\.json is not a JSON file \(.*line 1 column 2.*\); give"),
-        (lambda content: [1], r"a\.json has no list 'images'; give"),
-        (lambda content: content.pop("images"), r"a\.json has no list 'images'; give"),
-        (lambda content: content.pop("annotations"), r"a\.json has no list 'annotations'; give"),
-        (lambda content: content.pop("categories"), r"a\.json has no list 'categories'; give"),
-        (lambda content: content["images"].clear(), r"list 'images' of .*a\.json is empty; give"),
-        (lambda content: content["annotations"].clear(), r"list 'annotations' of .*a\.json is empty; give"),
+        (lambda content: "{", r"a\.json is not a JSON file \(.*line 1 column 2.*\); use"),
+        (lambda content: [1], r"a\.json has no list 'images'; use"),
+        (lambda content: content.pop("images"), r"a\.json has no list 'images'; use"),
+        (lambda content: content.pop("annotations"), r"a\.json has no list 'annotations'; use"),
+        (lambda content: content.pop("categories"), r"a\.json has no list 'categories'; use"),
+        (lambda content: content["images"].clear(), r"list 'images' of .*a\.json is empty; use"),
+        (lambda content: content["annotations"].clear(), r"list 'annotations' of .*a\.json is empty; use"),
         (
             lambda content: content["annotations"][0].update(category_id=9),
-            r"a\.json: annotations\[0\] \(id 1\) has category_id 9; set it to an id that is among its 'categories'",
+            r"a\.json: annotations\[0\] \(id 1\) has category_id 9; set it to an id from 'categories'",
         ),
         (
             lambda content: content["annotations"][0].update(image_id=8),
-            r"a\.json: annotations\[0\] \(id 1\) has image_id 8; set it to an id that is among its 'images'",
+            r"a\.json: annotations\[0\] \(id 1\) has image_id 8; set it to an id from 'images'",
         ),
         (
             lambda content: content["images"][0].update(file_name="b.jpg"),
@@ -255,7 +255,7 @@ def test_check_coco_accepts_a_valid_set(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_check_coco_names_file_and_mend(tmp_path: Path, damage: Callable[[Any], Any], message: str) -> None:
+def test_check_coco_names_file_and_fix(tmp_path: Path, damage: Callable[[Any], Any], message: str) -> None:
     content = tiny_coco()
     replacement = damage(content)
     broken = replacement if replacement in ("{", [1]) else content

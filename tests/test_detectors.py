@@ -14,7 +14,7 @@ from detectron2.utils.events import EventStorage
 from small import batch, build, gradients, small_config, step
 from torch import Tensor, nn
 
-from d2kd.contract import check_contract
+from d2kd.contract import Dense, check_contract, members
 from d2kd.errors import D2kdError
 from d2kd.modeling import ExtraLevels, make_fpn, make_resnet
 
@@ -271,7 +271,7 @@ def test_a_broken_contract_is_named() -> None:
     bare = Bare()
     with pytest.raises(D2kdError, match=r"Bare has no backbone, .*, label_anchors, losses; give it these"):
         check_contract(bare)
-    for part in ("backbone", "head", "head_in_features", "num_classes", "anchor_generator", "box2box_transform"):
+    for part in members(Dense):
         setattr(bare, part, None)
     with pytest.raises(D2kdError, match="Bare has no label_anchors, losses;"):
         check_contract(bare, with_head=False)
@@ -364,7 +364,7 @@ def test_a_detector_that_starts_at_p2() -> None:
         (("MODEL.FPN.EXTRA.IN_FEATURE", "p4"), r"IN_FEATURE is 'p4'; use one of res5, p5, lateral5"),
         (("MODEL.FPN.EXTRA.IN_FEATURE", "laterl5"), "did you mean lateral5"),
         (("MODEL.FPN.IN_FEATURES", "['res2', 'res3']"), "MODEL.FPN.IN_FEATURES is 'res2'; use one of res3, res4, res5"),
-        (("MODEL.FPN.IN_FEATURES", "['res3', 'res5']"), "res3, res5 leaves stages out"),
+        (("MODEL.FPN.IN_FEATURES", "['res3', 'res5']"), "res3, res5; list consecutive stages"),
         (("MODEL.GFL.IN_FEATURES", "['p3', 'p7']"), "MODEL.GFL.IN_FEATURES is 'p7'; use one of p3, p4, p5, p6"),
     ],
 )

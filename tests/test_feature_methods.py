@@ -19,11 +19,11 @@ from d2kd.methods import fitnet as fitnet_module
 from d2kd.methods.fitnet import REGIONS, mean_inside
 from d2kd.methods.imitation import (
     MAX_INSTANCES,
-    centres_inside,
+    centers_inside,
     general_instances,
     instance_region,
     near_region,
-    to_places,
+    to_locations,
 )
 from d2kd.modeling.coders import IntegralBoxTransform
 
@@ -196,11 +196,11 @@ def test_mgd_masks_places_at_the_ratio_and_repeatably() -> None:
     assert not torch.equal(seen[0], seen[2])
 
 
-def test_centres_inside_by_hand() -> None:
+def test_centers_inside_by_hand() -> None:
     anchors = torch.tensor([[0.0, 0.0, 4.0, 4.0], [4.0, 4.0, 8.0, 8.0], [8.0, 8.0, 12.0, 12.0]])  # centres 2, 6, 10
-    assert centres_inside(anchors, Boxes(torch.tensor([[3.0, 3.0, 9.0, 9.0]]))).tolist() == [False, True, False]
-    assert centres_inside(anchors, Boxes(torch.tensor([[6.0, 0.0, 9.0, 9.0]]))).tolist() == [False] * 3  # on the edge
-    assert centres_inside(anchors, Boxes(torch.zeros(0, 4))).tolist() == [False] * 3
+    assert centers_inside(anchors, Boxes(torch.tensor([[3.0, 3.0, 9.0, 9.0]]))).tolist() == [False, True, False]
+    assert centers_inside(anchors, Boxes(torch.tensor([[6.0, 0.0, 9.0, 9.0]]))).tolist() == [False] * 3  # on the edge
+    assert centers_inside(anchors, Boxes(torch.zeros(0, 4))).tolist() == [False] * 3
 
 
 def test_general_instances_by_hand() -> None:
@@ -293,7 +293,7 @@ def test_a_place_counts_if_any_of_its_anchors_does() -> None:
     )
     region = torch.zeros(1, 15, dtype=torch.bool)
     region[0, [4, 5]] = True  # second and third anchor of the second place
-    first, second = to_places(region, student)
+    first, second = to_locations(region, student)
     assert first.tolist() == [[[False, True], [False, False]]]
     assert second.tolist() == [[[False]]]
 
@@ -398,7 +398,7 @@ def test_bad_options_are_refused() -> None:
         FitNet(region="fine-grained")
     with pytest.raises(D2kdError, match="needs a region"):
         FitNet(background_weight=2.0)
-    with pytest.raises(D2kdError, match="choose 0 to 1"):
+    with pytest.raises(D2kdError, match="from 0 to 1"):
         MGD(mask_ratio=65.0)
     with pytest.raises(D2kdError, match="above 0"):
         CWD(temperature=0.0)

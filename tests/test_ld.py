@@ -14,7 +14,7 @@ from torch import Tensor
 from d2kd.dense import DenseOutputs, Targets
 from d2kd.errors import D2kdError
 from d2kd.losses import kl_divergence_loss
-from d2kd.methods.ld import LD, centre_distances, valuable_region
+from d2kd.methods.ld import LD, center_distances, valuable_region
 
 LOSS, GRADIENT = 1e-5, 1e-3
 FULL = {"vlr_weight": 0.25, "cls_weight": 10.0}
@@ -212,7 +212,7 @@ def test_heads_that_do_not_fit_are_refused(own: Optional[int], theirs: Optional[
         LD().setup(detector(3, [8], 4, own), detector(3, [8], 4, theirs), [(8, 8)])
 
 
-def test_centre_distances() -> None:
+def test_center_distances() -> None:
     boxes = Boxes(torch.tensor([[0.0, 0.0, 2.0, 2.0]]))
     others = Boxes(torch.tensor([[0.0, 0.0, 2.0, 2.0], [2.0, 0.0, 4.0, 2.0]]))
-    assert centre_distances(boxes, others).tolist() == [[0.0, pytest.approx(4 / 20)]]
+    assert center_distances(boxes, others).tolist() == [[0.0, pytest.approx(4 / 20)]]

@@ -218,10 +218,6 @@ def test_teachers_that_do_not_fit_are_refused(tmp_path, teacher_opts, message):
 
 
 def test_wrong_teacher_files_are_refused(teacher_file, tmp_path):
-    with pytest.raises(D2kdError, match=r"no weights: set MODEL\.DISTILL\.TEACHER\.WEIGHTS"):
-        build(distill_config(""))
-    with pytest.raises(D2kdError, match=r"nowhere\.pth"):
-        build(distill_config("nowhere.pth"))
     state = torch.load(teacher_file)["model"]
     state.pop("head.cls_score.weight")
     torch.save({"model": state}, tmp_path / "part.pth")
@@ -231,6 +227,35 @@ def test_wrong_teacher_files_are_refused(teacher_file, tmp_path):
         build(distill_config(teacher_file, teacher_opts=WIDER))
     with pytest.raises(D2kdError, match="cut 3 lies outside a tower of 2"):
         build(distill_config(teacher_file, "MODEL.DISTILL.CROSSKD.CUT", 3))
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [("", r"no weights: set MODEL\.DISTILL\.TEACHER\.WEIGHTS"), ("nowhere.pth", r"nowhere\.pth")],
+)
+@pytest.mark.parametrize("opts", [(), ("MODEL.DISTILL.INHERIT", "('neck',)")])
+def test_only_training_needs_the_teachers_file(weights, message, opts):
+    student = build(distill_config(weights, *opts))
+    student.eval()(batch())
+    student.train()
+    with pytest.raises(D2kdError, match=message):
+        student.prepare_teacher()
+    with pytest.raises(D2kdError, match=message):
+        step(student, batch())
+
+
+def test_a_teacher_whose_file_comes_later_is_loaded_when_it_is_needed(teacher_file, tmp_path):
+    """The student's weights, the adapters among them, are those it has when the file is there from the start."""
+    options = {"methods": ("PKD",), "teacher_opts": WIDER}
+    file = save_teacher(tmp_path / "first.pth", *WIDER)
+    expected = build(distill_config(file, **options))
+    late = build(distill_config(tmp_path / "late.pth", **options))
+    equal(late.state_dict(), expected.state_dict())
+    late.double().float()
+    assert build_optimizer(distill_config(file, **options), late).param_groups
+    file.rename(tmp_path / "late.pth")
+    equal(step(late, batch()), step(expected, batch()))
+    equal(late.teacher.detector.state_dict(), expected.teacher.detector.state_dict())
 
 
 def test_methods_that_read_features_take_other_classes_and_widths(tmp_path):

@@ -111,7 +111,7 @@ def test_malicious_files_run_nothing(load: Callable, kind: str, form: str, model
     assert target.exists()  # the file is dangerous
     target.unlink()
     text = message(lambda: load(model, str(path)))
-    assert f"{path} holds other Python objects than weights (" in text
+    assert f"{path} holds Python objects other than weights (" in text
     assert kind.split(".")[-1] in text
     assert not target.exists()
 
@@ -397,10 +397,10 @@ def test_damaged_files(
         ([1, 2], "holds a list, not a state dict"),
         (torch.zeros(3), "holds a Tensor, not a state dict"),
         (7, "holds a int, not a state dict"),
-        ({"model": 3}, "holds no state dict under its key model"),
-        ({"model": {"head.cls_score.bias": 3}}, "holds other things than weights"),
-        ({"epoch": 3}, "holds other things than weights"),
-        ({1: torch.zeros(1)}, "holds other things than weights"),
+        ({"model": 3}, "has no state dict under its key 'model'"),
+        ({"model": {"head.cls_score.bias": 3}}, "holds values that are not weights"),
+        ({"epoch": 3}, "holds values that are not weights"),
+        ({1: torch.zeros(1)}, "holds values that are not weights"),
         ({"model": {}}, "none of its 0 keys match"),
         ({"student.head.cls_score.bias": torch.zeros(1)}, "none of its 1 keys match (first: student.head.cls"),
         ({"model": {"head.cls_score.bias": torch.zeros(1)}}, "head.cls_score.bias (1,) in the file, ("),
@@ -432,7 +432,7 @@ def test_torchscript_is_named(load: Callable, model: nn.Module, tmp_path: Path) 
 @LOADERS
 def test_paths_that_lead_nowhere(load: Callable, model: nn.Module, tmp_path: Path) -> None:
     assert "no such file" in message(lambda: load(model, str(tmp_path / "none.pth")))
-    assert "catalog://ImageNetPretrained/none could not be fetched" in message(
+    assert "catalog://ImageNetPretrained/none could not be downloaded" in message(
         lambda: load(model, "catalog://ImageNetPretrained/none")
     )
 
@@ -441,7 +441,7 @@ def test_paths_that_lead_nowhere(load: Callable, model: nn.Module, tmp_path: Pat
 
 
 def warnings_of(caplog: pytest.LogCaptureFixture) -> List[str]:
-    return [record.getMessage() for record in caplog.records if "fits the model in part" in record.getMessage()]
+    return [record.getMessage() for record in caplog.records if "fits only part of the model" in record.getMessage()]
 
 
 def test_a_backbone_alone_is_one_warning(model: nn.Module, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -459,7 +459,7 @@ def test_a_backbone_alone_is_one_warning(model: nn.Module, tmp_path: Path, caplo
     heads = sum(name.startswith("head.") for name in model.state_dict())
     assert f"{heads} missing in the file (head." in text
     assert "1 unknown to the model (classifier.weight)" in text
-    assert "1 of another shape (backbone.fpn_lateral3.weight (1,) in the file, (" in text
+    assert "1 with a different shape (backbone.fpn_lateral3.weight (1,) in the file, (" in text
 
 
 def test_a_whole_model_is_no_warning(model: nn.Module, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -644,7 +644,7 @@ def test_every_layout_converts_to_the_same(entry: str, tmp_path: Path, capsys: p
         assert f"{len(expected)} tensors mapped, 80 classes" in report
         assert report.lower().startswith(f"mmdetection {entry.split('_')[0]}")
         assert "bbox_head.cls_convs -> head.cls_subnet (" in report
-        assert ("ema_* dropped, no model needs it (" in report) == (layout == "ema")
+        assert ("ema_* dropped, not needed (" in report) == (layout == "ema")
         assert equal(files.read(target)["model"], expected)
     load_strict(model, target)
     assert equal(model.state_dict(), expected)

@@ -47,7 +47,7 @@ def test_runs_once_and_tells_a_table(tmp_path, capsys):
     again = [make(tmp_path, label, seed) for label in ("plain", "other") for seed in (1, 3)]
     run_all(again)
     assert all((run.folder / "starts").read_text() == "x" for run in runs)
-    assert "[4/4] other (seed 3): done before, AP 30.0" in capsys.readouterr().out
+    assert "[4/4] other (seed 3): already done, AP 30.0" in capsys.readouterr().out
     row = next(line for line in table(again).splitlines() if line.startswith("| plain"))
     assert [cell.strip() for cell in row.split("|")[2:5]] == ["0.02 M", "2", "20.0 ± 14.1"]
     assert "10.0 / 30.0" in row
@@ -56,7 +56,7 @@ def test_runs_once_and_tells_a_table(tmp_path, capsys):
 
 def test_remains_of_another_run_are_refused(tmp_path):
     run_all([make(tmp_path, "plain", 1)])
-    with pytest.raises(D2kdError, match="holds a run with other settings"):
+    with pytest.raises(D2kdError, match="has a run with different settings"):
         run_all([make(tmp_path, "plain", 1, overrides={"SOLVER.BASE_LR": 0.1})])
 
 

@@ -200,7 +200,7 @@ PROVOCATIONS = {
     "the image folder": lambda at: at.data(no_folder),
     "… images named in": lambda at: at.data(missing_image),
     "the image … cannot": lambda at: at.data(damaged_images),
-    "Another image": lambda at: at.data(damaged_images, "DATALOADER.SKIP_BAD_IMAGES", True, status=0),
+    "Replaced an image": lambda at: at.data(damaged_images, "DATALOADER.SKIP_BAD_IMAGES", True, status=0),
     "data set … has": lambda at: at.run("MODEL.RETINANET.NUM_CLASSES", 4),
     "a batch of": lambda at: at.run("SOLVER.IMS_PER_BATCH", 3, flags=["--num-gpus", 2]),
     "--num-gpus": gpus,
@@ -217,14 +217,14 @@ PROVOCATIONS = {
     "none of the checkpoints": lambda at: at.resumed(
         change=lambda: at.truncate("model_0000000.pth", "model_0000001.pth", "model_final.pth")
     ),
-    "Trying the checkpoint before": lambda at: at.resumed(change=lambda: at.truncate("model_final.pth"), status=0),
+    "Trying the previous checkpoint": lambda at: at.resumed(change=lambda: at.truncate("model_final.pth"), status=0),
     "stopped by SIGTERM": sigterm,
     "the teacher has no weights": lambda at: at.distill("MODEL.DISTILL.TEACHER.WEIGHTS", ""),
     "… does not fit the model": lambda at: at.distill(
         "MODEL.DISTILL.TEACHER.OPTS", "['MODEL.RETINANET.NUM_CONVS', '3']"
     ),
     "… is a web page": lambda at: at.distill(*at.weights(b"<html>Sign in</html>")),
-    "… holds other Python objects": lambda at: at.distill(*at.weights({"model": Code()})),
+    "… holds Python objects": lambda at: at.distill(*at.weights({"model": Code()})),
     "the student has … classes": lambda at: at.distill(
         *at.weights(save_teacher(at.folder / "t.pth", "MODEL.RETINANET.NUM_CLASSES", 2).read_bytes()),
         *("MODEL.DISTILL.TEACHER.OPTS", "['MODEL.RETINANET.NUM_CLASSES', '2']"),

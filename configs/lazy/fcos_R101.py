@@ -1,4 +1,4 @@
-"""FCOS R101 of the published recipe; 2x on COCO."""
+"""FCOS R101 with the published recipe; 2x on COCO."""
 
 from d2kd.modeling.backbone import BLOCKS_OF_DEPTH
 

@@ -1,4 +1,4 @@
-"""FCOS R18 of the published recipe, with torchvision's weights, which want RGB; 2x on COCO."""
+"""FCOS R18 with the published recipe and torchvision's weights, which expect RGB; 2x on COCO."""
 
 from .common.dense import resnet
 from .common.fcos import dataloader, lr_multiplier, model, optimizer, train

@@ -1,4 +1,4 @@
-"""FCOS R50 of the published recipe, with MSRA's weights, which want BGR; 2x on COCO."""
+"""FCOS R50 with the published recipe and MSRA's weights, which expect BGR; 2x on COCO."""
 
 from .common.fcos import dataloader, lr_multiplier, model, optimizer, train
 

@@ -1,4 +1,4 @@
-"""A few iterations of a tiny CrossKD student: tests, and trying an installation."""
+"""A few iterations of a tiny CrossKD student, for tests and for checking an installation."""
 
 from pathlib import Path
 
@@ -39,6 +39,6 @@ dataloader.train.total_batch_size = 4
 dataloader.train.num_workers = dataloader.test.num_workers = 0
 train.init_checkpoint = ""
 train.device = "cpu"
-train.preflight = 0  # after a few iterations this teacher is no better than a random one
+train.preflight = 0  # this teacher is trained for a few iterations only, so it is no better than a random one
 train.max_iter = train.eval_period = 4
 train.output_dir = "output/lazy_quick_crosskd_retinanet"

@@ -1,4 +1,4 @@
-"""RetinaNet R18 from torchvision's weights, which want RGB; 1x on COCO."""
+"""RetinaNet R18 with torchvision's weights, which expect RGB; 1x on COCO."""
 
 from .retinanet_R50 import dataloader, lr_multiplier, model, optimizer, train
 

@@ -1,6 +1,6 @@
-"""Weights: safe and strict loading, and conversion of torchvision's and mmdetection's names to detectron2's.
+"""Weights: safe and strict loading, and conversion from torchvision's and mmdetection's names to detectron2's.
 
-Importing this package makes ``torchvision://resnet18`` a valid ``MODEL.WEIGHTS``. The command line is
+Importing this package makes ``torchvision://resnet18`` a valid ``MODEL.WEIGHTS``. The command-line tool is
 ``python -m d2kd.checkpoint.convert``.
 """
 

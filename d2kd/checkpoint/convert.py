@@ -1,4 +1,4 @@
-"""Command line: converts an mmdetection RetinaNet, GFL, ATSS or FCOS, or a torchvision ResNet, for detectron2."""
+"""Converts an mmdetection RetinaNet, GFL, ATSS or FCOS, or a torchvision ResNet, to a detectron2 checkpoint."""
 
 import argparse
 import os
@@ -16,31 +16,31 @@ from .torchvision_weights import convert_torchvision, torchvision_names
 
 _PARTS = ("backbone.", "neck.", "bbox_head.")
 _EXAMPLE = "example: python -m d2kd.checkpoint.convert retinanet_r50_fpn_1x_coco.pth teacher.pth"
-_REMINDER = """Set in the config that loads it (mmdetection's 'pytorch' style and torchvision):
+_REMINDER = """Set these in the config that loads it (for torchvision and mmdetection's 'pytorch' style):
   INPUT.FORMAT RGB
   MODEL.PIXEL_MEAN [123.675, 116.28, 103.53]
   MODEL.PIXEL_STD [58.395, 57.12, 57.375]
   MODEL.RESNETS.STRIDE_IN_1X1 False"""
 _TOP = """  MODEL.BACKBONE.NAME "build_extra_fpn_backbone", MODEL.FPN.EXTRA.RELU {relu} (between P6 and P7), and
-  MODEL.FPN.EXTRA.IN_FEATURE res5 or p5, as mmdetection's add_extra_convs on_input or on_output"""
-_FCOS = "  MODEL.FCOS as it was trained; configs/Base-FCOS.yaml has the options of CrossKD's authors"
+  MODEL.FPN.EXTRA.IN_FEATURE res5 or p5 for mmdetection's add_extra_convs on_input or on_output"""
+_FCOS = "  MODEL.FCOS as the model was trained; configs/Base-FCOS.yaml has the options of CrossKD's authors"
 
 
 def convert_file(source: str, target: str, num_ratios: int = 3, num_octaves: int = 3, force: bool = False) -> str:
-    """Converts a file; its kind is recognised by its keys.
+    """Converts a file. The type of model is recognized by its keys.
 
     Args:
-        source: an mmdetection detector or a torchvision ResNet.
+        source: file of an mmdetection detector or a torchvision ResNet.
         target: the file to write.
-        num_ratios: mmdetection's RetinaNet only: aspect ratios per place.
-        num_octaves: mmdetection's RetinaNet only: sizes per place.
+        num_ratios: number of aspect ratios per location, for mmdetection's RetinaNet only.
+        num_octaves: number of sizes per location, for mmdetection's RetinaNet only.
         force: overwrite the target.
 
     Returns:
-        What was recognised, mapped and dropped, for the user to read.
+        A report to print: what was recognized, mapped and dropped.
 
     Raises:
-        D2kdError: the source cannot be converted or the target not written.
+        D2kdError: the source cannot be converted, or the target cannot be written.
     """
     if os.path.exists(target) and not force:
         raise D2kdError(f"{target} exists; choose another name or pass --force")
@@ -53,7 +53,7 @@ def convert_file(source: str, target: str, num_ratios: int = 3, num_octaves: int
     try:
         files.write(target, {"model": state, "__author__": "d2kd.checkpoint.convert"})
     except OSError as error:
-        raise D2kdError(f"{target} cannot be written ({error.strerror}); choose another place") from error
+        raise D2kdError(f"{target} cannot be written ({error.strerror}); choose another path") from error
     return report
 
 
@@ -77,17 +77,17 @@ def _from_torchvision(loaded: Dict[str, Any], *_: int) -> Tuple[Dict[str, Tensor
 
 
 def _table(loaded: Mapping[str, Any], names: Mapping[str, str]) -> List[str]:
-    """Lists by module what was mapped where, then what was dropped, each with the number of tensors."""
+    """Lists what each module was mapped to, then what was dropped, with the number of tensors of each."""
     targets: Dict[str, List[str]] = {}
     for name, new in names.items():
         targets.setdefault(_module(name), []).append(".".join(new.split(".")[: 3 if new.startswith(BOTTOM_UP) else 2]))
     rows = [f"  {module} -> {', '.join(dict.fromkeys(new))} ({len(new)})" for module, new in targets.items()]
     dropped = Counter(_module(name) for name in raw_state(loaded) if name not in names)
-    return rows + [f"  {module} dropped, no model needs it ({count})" for module, count in dropped.items()]
+    return rows + [f"  {module} dropped, not needed ({count})" for module, count in dropped.items()]
 
 
 def _module(name: str) -> str:
-    """The part of a detector or ResNet that a name belongs to: ``neck.fpn_convs``, ``layer1``."""
+    """Returns the part of a detector or ResNet that a name belongs to, e.g. ``neck.fpn_convs`` or ``layer1``."""
     if name.startswith("ema_"):
         return "ema_*"
     if name.endswith("num_batches_tracked"):
@@ -96,12 +96,14 @@ def _module(name: str) -> str:
 
 
 def main(argv: Optional[List[str]] = None) -> int:
-    """Runs the command line; returns the exit status: 0, or 2 after a user's mistake."""
+    """Runs the command-line tool; returns the exit status: 0, or 2 for a user's mistake."""
     parser = argparse.ArgumentParser(prog="python -m d2kd.checkpoint.convert", description=__doc__, epilog=_EXAMPLE)
     parser.add_argument("source", metavar="IN", help="mmdetection detector or torchvision ResNet (.pth)")
     parser.add_argument("target", metavar="OUT", help="detectron2 checkpoint to write (.pth)")
-    parser.add_argument("--ratios", type=int, default=3, help="aspect ratios of mmdetection's RetinaNet (default 3)")
-    parser.add_argument("--octaves", type=int, default=3, help="its anchor sizes per level (default 3)")
+    parser.add_argument("--ratios", type=int, default=3, help="number of aspect ratios of a RetinaNet (default 3)")
+    parser.add_argument(
+        "--octaves", type=int, default=3, help="number of anchor sizes per level of a RetinaNet (default 3)"
+    )
     parser.add_argument("--force", action="store_true", help="overwrite OUT")
     args = parser.parse_args(argv)
     return exit_status(lambda: print(convert_file(args.source, args.target, args.ratios, args.octaves, args.force)))

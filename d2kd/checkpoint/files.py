@@ -1,4 +1,4 @@
-"""Reading and writing checkpoint files: without running code from them, and never half written."""
+"""Reading checkpoint files without running code from them, and writing them atomically."""
 
 import contextlib
 import os
@@ -14,9 +14,9 @@ import torch
 from ..errors import D2kdError
 from . import pickles
 
-PARTIAL = ".partial"  # ends the name of what a process leaves behind that dies while it writes
-_MEND = "have it saved again with its state dict alone, or as .safetensors"
-# What mmdetection keeps beside the weights: its log, its config, the time. No weights are ever of these types.
+PARTIAL = ".partial"  # suffix of the files left behind by processes that die while writing
+_RESAVE_HINT = "save its state dict alone, or as .safetensors"
+# What mmdetection stores besides weights: its log, its config, the time. Weights never have any of these types.
 _METADATA = re.compile(
     r"(mmengine|mmcv|mmdet|addict|datetime|pathlib)\..+|argparse\.Namespace"
     r"|collections\.defaultdict|builtins\.(getattr|dict|list|int|float)"
@@ -25,20 +25,20 @@ _REFUSED = re.compile(r"GLOBAL ([\w.]+)")
 
 
 def read(filename: str, mmap: bool = False) -> Dict[str, Any]:
-    """Reads a file of weights: ``.safetensors``, ``.pkl`` (detectron2's zoo, Caffe2), anything else by ``torch.load``.
+    """Reads a file of weights: ``.safetensors``, ``.pkl`` (detectron2's zoo, Caffe2), or anything ``torch.load`` reads.
 
-    No code from the file is run. mmdetection's metadata, objects of its own classes, become dicts that mean nothing.
+    No code from the file is run. Objects of mmdetection's own classes, which are metadata, become meaningless dicts.
 
     Args:
         filename: a local file.
-        mmap: map a file of ``torch.save`` instead of reading all of it.
+        mmap: memory-map a file written by ``torch.save`` instead of reading all of it.
 
     Returns:
-        The dict the file holds; tensors are on the CPU, those of a ``.pkl`` are numpy arrays.
+        The dict in the file. Tensors are on the CPU; those of a ``.pkl`` are numpy arrays.
 
     Raises:
-        D2kdError: the file is missing, cannot be read, holds something else than a dict, or holds other Python
-            objects than weights and plain values.
+        D2kdError: the file is missing, cannot be read, does not hold a dict, or holds Python objects other than weights
+            and plain values.
     """
     if not os.path.isfile(filename):
         raise D2kdError(f"{filename}: no such file; check the path")
@@ -50,7 +50,7 @@ def read(filename: str, mmap: bool = False) -> Dict[str, Any]:
                 loaded = pickles.load(file)
         else:
             loaded = _torch_load(filename, mmap)
-    except Exception as error:  # a damaged file raises nearly anything, KeyError included
+    except Exception as error:  # a damaged file can raise almost anything, including KeyError
         raise D2kdError(f"{filename} {_what_is_wrong(filename, error)}") from error
     if not isinstance(loaded, dict):
         raise D2kdError(f"{filename} holds a {type(loaded).__name__}, not a state dict; save model.state_dict()")
@@ -58,10 +58,10 @@ def read(filename: str, mmap: bool = False) -> Dict[str, Any]:
 
 
 def write(filename: str, content: Dict[str, Any]) -> None:
-    """Writes a file with ``torch.save`` so that readers see all of it or nothing, also after a loss of power.
+    """Writes a file with ``torch.save`` so that readers see all of it or nothing, even after a power failure.
 
     Raises:
-        OSError: the folder cannot be written, or the disk is full; a file of that name is as it was.
+        OSError: the folder cannot be written to, or the disk is full; an existing file of that name is unchanged.
     """
     with _replacing(filename) as file:
         _save(content, file)
@@ -79,7 +79,7 @@ def write_text(filename: str, text: str) -> None:
 
 @contextlib.contextmanager
 def _replacing(filename: str) -> Iterator[IO[bytes]]:
-    """A file that takes its name when all of it is on the disk; until then its name ends with PARTIAL."""
+    """Opens a file that gets its name once all of it is on disk; until then its name ends with PARTIAL."""
     folder = os.path.dirname(filename) or "."
     descriptor, partial = tempfile.mkstemp(dir=folder, suffix=PARTIAL)
     try:
@@ -87,19 +87,19 @@ def _replacing(filename: str) -> Iterator[IO[bytes]]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(partial, 0o644)  # mkstemp's 0600 would shut out the other users of a shared cache
+        os.chmod(partial, 0o644)  # with mkstemp's 0600, other users of a shared cache could not read it
         os.replace(partial, filename)
     except BaseException:
         os.remove(partial)
         raise
-    with contextlib.suppress(OSError):  # not every file system can; the file itself is safe already
+    with contextlib.suppress(OSError):  # not all file systems support this; the file itself is already safe
         _sync_folder(folder)
 
 
 def _save(content: Dict[str, Any], file: Any) -> None:
     try:
         torch.save(content, file)
-    except RuntimeError as error:  # its zip writer stumbles while it closes, and hides that the disk is full
+    except RuntimeError as error:  # if the disk is full, closing torch's zip writer fails and hides the OSError
         if isinstance(error.__context__, OSError):
             raise error.__context__ from None
         raise
@@ -114,9 +114,9 @@ def _sync_folder(folder: str) -> None:
 
 
 class _Metadata:
-    """Stands for any class of mmdetection's metadata: whatever is made of it is an OrderedDict.
+    """Stands in for any class of mmdetection's metadata: instances are OrderedDicts.
 
-    That is the one type of which torch takes both items and a state.
+    OrderedDict is the only type for which torch accepts both items and a state.
     """
 
     def __new__(cls, *_: Any, **__: Any) -> Any:
@@ -124,7 +124,7 @@ class _Metadata:
 
 
 def _torch_load(filename: str, mmap: bool) -> Any:
-    """``torch.load`` with ``weights_only``, which gives stand-ins for numpy's names and for metadata."""
+    """Calls ``torch.load`` with ``weights_only``, with stand-ins for numpy's names and for metadata."""
     stand_ins: Dict[str, Callable] = dict(pickles.STAND_INS)
     while True:
         named: List[Any] = [(stand_in, name) for name, stand_in in stand_ins.items()]
@@ -142,7 +142,7 @@ def _refused_name(error: Exception) -> str:
     """Returns the full name of what torch's unpickler refused, or ``""``."""
     found = _REFUSED.search(str(error))
     name = found[1] if found else ""
-    return name if "." in name or not name else f"builtins.{name}"  # torch leaves out "builtins."
+    return name if "." in name or not name else f"builtins.{name}"  # torch omits "builtins."
 
 
 def _what_is_wrong(filename: str, error: Exception) -> str:
@@ -150,15 +150,15 @@ def _what_is_wrong(filename: str, error: Exception) -> str:
         return f"cannot be read ({error.strerror}); check its permissions"
     name = str(error) if isinstance(error, pickles.ForeignObjectError) else _refused_name(error)
     if name:
-        return f"holds other Python objects than weights ({name}), not loaded as they can run code; {_MEND}"
+        return f"holds Python objects other than weights ({name}), which could run code; {_RESAVE_HINT}"
     if "TorchScript" in str(error):
         return "is a TorchScript program, not weights; pass the checkpoint it was exported from"
     with open(filename, "rb") as file:
         start = file.read(64).lstrip().lower()
     if not start:
-        return "is empty; fetch it again"
+        return "is empty; download it again"
     if start.startswith(b"<"):
-        return "is a web page, not weights; open its address in a browser and download the file itself"
+        return "is a web page, not weights; open its URL in a browser and download the file itself"
     if start.startswith(b"version https://git-lfs"):
         return "is a Git LFS pointer, not weights; run git lfs pull"
-    return "cannot be read as weights (damaged, or an unfinished download?); fetch it again"
+    return "cannot be read as weights (damaged, or an incomplete download?); download it again"

@@ -1,8 +1,8 @@
-"""mmdetection's detectors under detectron2's names.
+"""Conversion of mmdetection's detectors to detectron2's names.
 
-What names cannot carry over: of mmdetection's detectors only FCOS has a ReLU between P6 and P7, detectron2's
-``LastLevelP6P7`` always has one; and P6 is made from C5 or from P5 (the number of input channels of
-``backbone.top_block.p6`` tells).
+Names do not determine two details. Of mmdetection's detectors only FCOS has a ReLU between P6 and P7, while
+detectron2's ``LastLevelP6P7`` always has one. And P6 is computed from C5 or from P5, which shows in the number of input
+channels of ``backbone.top_block.p6``.
 """
 
 import re
@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import D2kdError
 from .names import plain_state, resnet_name, some
 
-# detector -> its predictors; a detector is known by the first one.
+# Detector -> its predictors. The first predictor identifies the detector.
 _PREDICTORS: Dict[str, Dict[str, str]] = {
     "RetinaNet": {"retina_cls": "cls_score", "retina_reg": "bbox_pred"},
     "GFL": {"gfl_cls": "cls_score", "gfl_reg": "bbox_pred"},
@@ -29,12 +29,12 @@ _FIRST_LEVEL = 3
 
 
 class _Layout(NamedTuple):
-    """What the keys tell about a detector.
+    """The structure of a detector as seen from its keys.
 
     Attributes:
-        predictors: its last convolutions: mmdetection's name -> detectron2's.
-        laterals: number of lateral convolutions; FPN convolutions beyond it make the levels above.
-        stride: modules per tower convolution: itself, its norm if any, its activation.
+        predictors: its last convolutions, mmdetection's name -> detectron2's.
+        laterals: number of lateral convolutions; FPN convolutions beyond it produce the extra levels.
+        stride: number of modules per tower convolution: the convolution, its norm if any, and its activation.
     """
 
     predictors: Mapping[str, str]
@@ -43,28 +43,28 @@ class _Layout(NamedTuple):
 
 
 def is_mmdet(state: Mapping[str, Any]) -> bool:
-    """Tells whether a checkpoint file's content, or a state dict, is that of an mmdetection detector."""
+    """Returns whether the content of a checkpoint file, or a state dict, comes from an mmdetection detector."""
     state = state["state_dict"] if isinstance(state.get("state_dict"), Mapping) else state
     return any(re.match(r"(module\.)?(bbox_head|neck)\.", str(name)) for name in state)
 
 
 def convert_mmdet(state: Mapping[str, Any], num_ratios: int = 3, num_octaves: int = 3) -> Dict[str, Tensor]:
-    """Renames an mmdetection RetinaNet, GFL, ATSS or FCOS to detectron2's and d2kd's names.
+    """Renames the tensors of an mmdetection RetinaNet, GFL, ATSS or FCOS to detectron2's and d2kd's names.
 
-    RetinaNet's anchors are put into detectron2's order: mmdetection's anchor slot is ``ratio * num_octaves + octave``,
-    detectron2's ``octave * num_ratios + ratio``. The first lateral convolution is taken for P3 (``start_level=1``),
-    however many there are. The scales of the levels become one parameter.
+    RetinaNet's anchors are reordered: the index of an anchor is ``ratio * num_octaves + octave`` in mmdetection and
+    ``octave * num_ratios + ratio`` in detectron2. The first lateral convolution is assumed to belong to P3
+    (``start_level=1``), no matter how many there are. The scales of the levels become one parameter.
 
     Args:
-        state: the state dict, or the file's content ``{"state_dict": ...}``.
-        num_ratios: aspect ratios per place, mmdetection's ``anchor_generator.ratios``.
-        num_octaves: sizes per place, mmdetection's ``anchor_generator.scales_per_octave``.
+        state: the state dict, or the content of the file, ``{"state_dict": ...}``.
+        num_ratios: number of aspect ratios per location, mmdetection's ``anchor_generator.ratios``.
+        num_octaves: number of sizes per location, mmdetection's ``anchor_generator.scales_per_octave``.
 
     Returns:
         detectron2 name -> tensor.
 
     Raises:
-        D2kdError: another detector, keys without a counterpart, or another number of anchors.
+        D2kdError: it is a different detector, has keys without a counterpart, or a different number of anchors.
     """
     plain = plain_state(state)
     converted, scales = {}, {}
@@ -81,13 +81,13 @@ def convert_mmdet(state: Mapping[str, Any], num_ratios: int = 3, num_octaves: in
 
 
 def mmdet_names(state: Mapping[str, Tensor]) -> Dict[str, str]:
-    """Returns what each of a detector's tensors is called in detectron2; its levels' scales all are one there.
+    """Returns detectron2's name of each tensor of a detector; the scales of all levels map to the same name.
 
     Args:
         state: a plain state dict, from :func:`plain_state`.
 
     Raises:
-        D2kdError: another detector, or keys without a counterpart.
+        D2kdError: it is a different detector, or has keys without a counterpart.
     """
     layout = _layout(state)
     names = {name: _detectron2_name(name, layout) for name in state if name != _DERIVED}
@@ -103,17 +103,17 @@ def _layout(state: Mapping[str, Tensor]) -> _Layout:
 
 
 def mmdet_detector(state: Mapping[str, Any]) -> str:
-    """Returns which detector an mmdetection state dict is: RetinaNet, GFL, ATSS or FCOS.
+    """Returns the detector that an mmdetection state dict belongs to: RetinaNet, GFL, ATSS or FCOS.
 
     Raises:
-        D2kdError: none of them.
+        D2kdError: it belongs to none of them.
     """
     for detector, predictors in _PREDICTORS.items():
         if f"bbox_head.{next(iter(predictors))}.weight" in state:
             return detector
     raise D2kdError(
-        f"this is none of mmdetection's {', '.join(_PREDICTORS)}: there is no "
-        f"{' or '.join('bbox_head.' + next(iter(p)) for p in _PREDICTORS.values())}; convert one of these"
+        f"this is none of mmdetection's {', '.join(_PREDICTORS)}: it has no "
+        f"{' or '.join('bbox_head.' + next(iter(p)) for p in _PREDICTORS.values())}; convert one of these detectors"
     )
 
 
@@ -150,6 +150,6 @@ def _reorder(name: str, tensor: Tensor, num_ratios: int, num_octaves: int) -> Te
     if not fits or (name.startswith("bbox_head.retina_reg.") and channels != 4 * slots):
         raise D2kdError(
             f"{name} has {channels} channels, which does not fit {num_ratios} ratios x {num_octaves} octaves; "
-            "pass the numbers of the anchor generator it was trained with"
+            "pass the numbers of the anchor generator that it was trained with"
         )
     return tensor.unflatten(0, (num_ratios, num_octaves, -1)).transpose(0, 1).flatten(0, 2)

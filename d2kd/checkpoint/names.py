@@ -1,4 +1,4 @@
-"""Key names: ResNets (torchvision and mmdetection share theirs), and what every converter does to a state dict."""
+"""Names in state dicts: those of ResNets, which torchvision and mmdetection share, and cleanup for all converters."""
 
 import re
 from typing import Any, Dict, Iterable, Mapping, Optional
@@ -14,7 +14,7 @@ _RESNET = re.compile(rf"({_MODULE})\.(weight|bias|running_mean|running_var)")
 
 
 def resnet_name(name: str) -> Optional[str]:
-    """Returns detectron2's name of a ResNet tensor inside a detector, or None if it is not one of a plain ResNet.
+    """Returns detectron2's name of a ResNet tensor inside a detector, or None if a plain ResNet has no such tensor.
 
     ``layer1.0.bn1.weight`` becomes ``backbone.bottom_up.res2.0.conv1.norm.weight``.
     """
@@ -27,7 +27,7 @@ def resnet_name(name: str) -> Optional[str]:
 
 
 def raw_state(loaded: Mapping[str, Any]) -> Dict[str, Any]:
-    """Returns the state dict in what a file holds, without the prefix ``module.`` that DataParallel leaves.
+    """Returns the state dict in the content of a file, without the prefix ``module.`` that DataParallel adds.
 
     Unwraps ``{"state_dict": ...}`` and ``{"model": ...}``.
     """
@@ -41,10 +41,10 @@ def raw_state(loaded: Mapping[str, Any]) -> Dict[str, Any]:
 
 
 def plain_state(loaded: Mapping[str, Any]) -> Dict[str, Tensor]:
-    """Reduces what a file holds to its named tensors.
+    """Reduces the content of a file to its named tensors.
 
-    Drops what no model needs: ``num_batches_tracked`` (FrozenBN has none), mmdetection's ``data_preprocessor`` and
-    ``ema_*``, a second copy of all weights that mmdetection 2.x's EMA hook keeps in the model.
+    Drops what no model needs: ``num_batches_tracked`` (FrozenBN has none), mmdetection's ``data_preprocessor``, and
+    ``ema_*``, a second copy of all weights that the EMA hook of mmdetection 2.x keeps in the model.
 
     Args:
         loaded: the content of a checkpoint file.
@@ -63,7 +63,7 @@ def plain_state(loaded: Mapping[str, Any]) -> Dict[str, Tensor]:
 
 
 def some(names: Iterable[str], limit: int = 5) -> str:
-    """Returns up to ``limit`` of the names as one string: ``"a, b, ... (7 in all)"``."""
+    """Joins up to ``limit`` names to a string such as ``"a, b, ... (7 in all)"``."""
     names = list(names)
     more = f", ... ({len(names)} in all)" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more

@@ -1,9 +1,9 @@
-"""Unpickling without running anything a file names: numpy arrays and plain containers, and nothing else.
+"""Unpickling of numpy arrays and plain containers, without running anything that the file names.
 
-numpy's own ``_reconstruct`` and ``dtype`` are not admitted: ``dtype.__setstate__`` believes the flags that a pickle
-gives it, so that raw bytes become object pointers. Each name of numpy is therefore answered by a stand-in of this file
-that checks what it is given. A pickle can set attributes of what it is given (opcode BUILD), hence ``__setstate__`` in
-each class and no default argument in any function.
+numpy's own ``_reconstruct`` and ``dtype`` are not allowed: ``dtype.__setstate__`` trusts the flags in a pickle, so raw
+bytes could become object pointers. Each numpy name is therefore replaced by a stand-in from this file that checks its
+arguments. A pickle can also set attributes of objects that it gets (opcode BUILD), so every class here defines
+``__setstate__`` and no function has default arguments.
 """
 
 import pickle
@@ -17,14 +17,14 @@ _PLAIN = re.compile(r"[biufcSU][1-9]\d*")
 
 
 class ForeignObjectError(Exception):
-    """A pickle names something that is neither an array nor a plain value or container.
+    """Raised for a pickle that names something other than an array, a plain value or a plain container.
 
-    No ``UnpicklingError``: torch would hide its message.
+    It is not an ``UnpicklingError``, because torch would hide its message.
     """
 
 
 class _DType:
-    """Stands for ``numpy.dtype``: numbers and text only, and only their byte order can be set."""
+    """Stands in for ``numpy.dtype``: numbers and text only, and only their byte order can be set."""
 
     def __init__(self, code: str, *_: Any) -> None:
         if not isinstance(code, str) or not _PLAIN.fullmatch(code):
@@ -38,7 +38,7 @@ class _DType:
 
 
 class _Array(np.ndarray):
-    """Stands for ``numpy.ndarray`` and the function that makes an empty one, to be filled by its state."""
+    """Stands in for ``numpy.ndarray`` and for the function that creates an empty array to be filled from its state."""
 
     def __new__(cls, *_: Any) -> "_Array":
         return super().__new__(cls, (0,), np.uint8)
@@ -61,7 +61,7 @@ def _from_buffer(buffer: Any, dtype: _DType, shape: Tuple[int, ...], order: str)
 
 
 def _encode(text: str, encoding: str) -> bytes:
-    if encoding != "latin1":  # the only one that pickling uses; others import modules
+    if encoding != "latin1":  # the only one that pickle uses; others would import modules
         raise ForeignObjectError(f"encoding {encoding!r}")
     return text.encode("latin1")
 
@@ -70,7 +70,7 @@ def _no_bytes() -> bytes:
     return b""
 
 
-# Name in the file -> what is given instead. numpy 2 renamed its core to _core; files have either.
+# Name in the file -> its replacement. numpy 2 renamed its core to _core; files can have either.
 STAND_INS: Dict[str, Callable] = {"_codecs.encode": _encode, "builtins.bytes": _no_bytes}
 STAND_INS.update({"numpy.ndarray": _Array, "numpy.dtype": _DType})
 for _core in ("numpy.core", "numpy._core"):
@@ -90,10 +90,10 @@ class _Unpickler(pickle.Unpickler):
 
 
 def load(file: IO[bytes]) -> Any:
-    """Reads a pickle of numpy arrays and plain containers, also one written by Python 2.
+    """Reads a pickle of numpy arrays and plain containers, including those written by Python 2.
 
     Raises:
-        ForeignObjectError: it names anything else; that has not been run.
-        Exception: of nearly any kind, where the file is damaged.
+        ForeignObjectError: it names anything else, which was not run.
+        Exception: almost any type, if the file is damaged.
     """
     return _Unpickler(file, encoding="latin1").load()

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: never half written, and a damaged one does not end it."""
+"""Checkpoints of a run: written atomically, and skipped on resume if they are damaged."""
 
 import logging
 import os
@@ -16,7 +16,7 @@ _NAME = re.compile(r"model_(\d+|final)\.pth")
 
 
 def checkpoints_in(folder: str) -> List[str]:
-    """Paths of a run's checkpoints, the newest first: what ``last_checkpoint`` names, then by time of writing."""
+    """Returns the paths of a run's checkpoints: the one in ``last_checkpoint`` first, then by time, newest first."""
     if not os.path.isdir(folder):
         return []
     found = [path for path in Path(folder).iterdir() if _NAME.fullmatch(path.name)]
@@ -26,46 +26,46 @@ def checkpoints_in(folder: str) -> List[str]:
 
 
 @contextmanager
-def told_on_failure(path: str) -> Iterator[None]:
-    """Turns an OSError while ``path`` is written into a D2kdError; files that are there already stay as they are."""
+def report_write_errors(path: str) -> Iterator[None]:
+    """Converts an OSError while writing ``path`` to a D2kdError. Existing files are not changed."""
     try:
         yield
     except OSError as error:
         raise D2kdError(
-            f"{path} could not be written ({error.strerror}); make room or mend the folder, then --resume goes on from "
-            "the last checkpoint there"
+            f"{path} could not be written ({error.strerror}); free some space or fix the folder, then --resume "
+            "continues from its last checkpoint"
         ) from error
 
 
-# The parent reads MODEL.WEIGHTS; what it resumes from is read by StrictCheckpointer.
+# The base class loads MODEL.WEIGHTS. On resume, StrictCheckpointer loads the checkpoint.
 class RunCheckpointer(SafeCheckpointer):
-    """Saves atomically, the pointer ``last_checkpoint`` last; resumes from the newest checkpoint that can be read."""
+    """Saves atomically, ``last_checkpoint`` last. Resumes from the newest checkpoint that can be read."""
 
     def save(self, name: str, **kwargs: Any) -> None:
-        """See the parent.
+        """Saves a checkpoint, see the base class.
 
         Raises:
-            D2kdError: the disk is full, or the folder cannot be written.
+            D2kdError: the disk is full, or the folder cannot be written to.
         """
         if not self.save_dir or not self.save_to_disk:
             return
         parts = {key: part.state_dict() for key, part in self.checkpointables.items()}
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info(f"Saving checkpoint to {path}")
-        with told_on_failure(path):
+        with report_write_errors(path):
             files.write(path, {"model": self.model.state_dict(), **parts, **kwargs})
             self.tag_last_checkpoint(os.path.basename(path))
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        """See the parent."""
+        """Writes the file ``last_checkpoint``, see the base class."""
         files.write_text(os.path.join(self.save_dir, "last_checkpoint"), last_filename_basename)
 
     def has_checkpoint(self) -> bool:
-        """Whether there is anything to resume from; ``last_checkpoint`` need not be there."""
+        """Returns whether there is anything to resume from; ``last_checkpoint`` is not required."""
         return bool(checkpoints_in(self.save_dir))
 
     def newest_readable(self) -> str:
-        """Path of the newest whole checkpoint of the run, as rank 0 finds it; "" if there are none at all.
+        """Returns the path of the newest readable checkpoint as rank 0 sees it, or "" if there are no checkpoints.
 
         Raises:
             D2kdError: there are checkpoints, but none can be read.
@@ -73,14 +73,14 @@ class RunCheckpointer(SafeCheckpointer):
         found = _newest_readable(self.save_dir) if comm.is_main_process() else ""
         newest = comm.all_gather(found)[0]
         if not newest and self.has_checkpoint():
-            raise D2kdError(f"none of the checkpoints in {self.save_dir} can be read; move them away to start anew")
+            raise D2kdError(f"none of the checkpoints in {self.save_dir} can be read; move them away to start over")
         return newest
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> Dict[str, Any]:
-        """Resumes from the newest readable checkpoint if there is one and ``resume``; else loads weights from a path.
+        """Resumes from the newest readable checkpoint if ``resume`` and there is one; else loads weights from a path.
 
         Raises:
-            D2kdError: no checkpoint can be read, or it does not fit the model.
+            D2kdError: none of the checkpoints can be read, or it does not fit the model.
         """
         newest = self.newest_readable() if resume else ""
         if not newest:
@@ -94,8 +94,8 @@ def _newest_readable(folder: str) -> str:
         try:
             if "trainer" in files.read(path):
                 return path
-            reason = f"{path} holds weights only"
+            reason = f"{path} only has weights"
         except D2kdError as error:
             reason = str(error)
-        logging.getLogger(__name__).warning("Trying the checkpoint before: %s", reason)
+        logging.getLogger(__name__).warning("Trying the previous checkpoint: %s", reason)
     return ""

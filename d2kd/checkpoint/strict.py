@@ -1,4 +1,4 @@
-"""Loading weights with no leniency: a detector that was silently loaded in part is the worst kind of teacher."""
+"""Strict loading of weights: a detector that was silently loaded only in part is the worst kind of teacher."""
 
 import re
 from typing import Any, Dict, List
@@ -9,34 +9,34 @@ from torch import nn
 from ..errors import D2kdError
 from .mmdet import convert_mmdet, is_mmdet, mmdet_detector
 from .names import plain_state
-from .safe import MEND, SafeCheckpointer, mismatches
+from .safe import CONFIG_HINT, SafeCheckpointer, mismatches
 
 _HARMLESS = re.compile(r"(.*\.)?(num_batches_tracked|pixel_mean|pixel_std)|distill\..*|(.*\.)?anchor_generator\..*")
 
 
 def load_strict(model: nn.Module, path: str) -> None:
-    """Loads all of a model's weights from a file, or raises.
+    """Loads all weights of a model from a file, or raises an error.
 
     Args:
-        model: a detector; plain, or wrapped in DistributedDataParallel.
-        path: anything detectron2's PathManager resolves: a detectron2 or mmdetection checkpoint, a zoo file.
+        model: a detector, plain or wrapped in DistributedDataParallel.
+        path: a detectron2 or mmdetection checkpoint or a zoo file; anything that detectron2's PathManager resolves.
 
     Raises:
-        D2kdError: the path is empty or missing, the file holds no weights, or its keys or shapes are not the model's.
+        D2kdError: the path is empty or missing, the file has no weights, or its keys or shapes differ from the model's.
     """
     StrictCheckpointer(model, save_to_disk=False).load(path, checkpointables=[])
 
 
 class StrictCheckpointer(SafeCheckpointer):
-    """A SafeCheckpointer that raises D2kdError where its parents log a warning and go on.
+    """A SafeCheckpointer that raises D2kdError where its base classes only log a warning.
 
-    Reads mmdetection's detectors as well. Names are never guessed in a file written by torch, whatever
-    ``?matching_heuristics`` says. Harmless and allowed: a missing or additional ``num_batches_tracked``,
-    ``pixel_mean`` or ``pixel_std``, additional ``distill.*`` (a distiller's adapters) and ``anchor_generator.*``.
+    Also reads mmdetection's detectors. For files written by torch, names are never matched by heuristics, whatever
+    ``?matching_heuristics`` says. Missing or unexpected ``num_batches_tracked``, ``pixel_mean`` and ``pixel_std`` are
+    harmless and allowed, as are unexpected ``distill.*`` (adapters of a distilled student) and ``anchor_generator.*``.
     """
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> Dict[str, Any]:
-        """Loads a file; see :func:`load_strict` and the parent's ``load``."""
+        """Loads a file, see :func:`load_strict` and the base class."""
         if not path:
             raise D2kdError("the path of the weights is empty; set it to a checkpoint file (key WEIGHTS)")
         return super().load(path, *args, **kwargs)
@@ -45,7 +45,7 @@ class StrictCheckpointer(SafeCheckpointer):
         loaded = super()._load_file(filename)
         if self.is_legacy:
             return loaded
-        # Older detectron2 guesses the names of every file; a guess is not what "strict" means.
+        # Older versions of detectron2 match the names of every file by heuristics, which is not strict.
         loaded = {**loaded, "matching_heuristics": False}
         if is_mmdet(loaded["model"]):
             loaded["model"] = self._convert(loaded["model"])
@@ -64,7 +64,7 @@ class StrictCheckpointer(SafeCheckpointer):
         if extra is not None and has_relu != (detector == "FCOS"):
             raise D2kdError(
                 f"mmdetection's {detector} has {'no' if has_relu else 'a'} ReLU between P6 and P7, "
-                "unlike the model, which would run on features it was not trained with; set MODEL.BACKBONE.NAME "
+                "unlike the model, so its weights would see features they were not trained on; set MODEL.BACKBONE.NAME "
                 f'"build_extra_fpn_backbone" and MODEL.FPN.EXTRA.RELU {not has_relu}'
             )
 
@@ -73,10 +73,10 @@ class StrictCheckpointer(SafeCheckpointer):
         incompatible = super()._load_model(checkpoint)
         missing = incompatible.missing_keys
         if not self.is_legacy:
-            missing = [name for name in self.model.state_dict() if name not in names]  # FrozenBN hides its own
+            missing = [name for name in self.model.state_dict() if name not in names]  # FrozenBN hides missing buffers
         wrong = mismatches(_harmful(missing), _harmful(incompatible.unexpected_keys), incompatible.incorrect_shapes)
         if wrong:
-            raise D2kdError(f"{self._filename} does not fit the model: {wrong}; {MEND}")
+            raise D2kdError(f"{self._filename} does not fit the model: {wrong}; {CONFIG_HINT}")
         return incompatible
 
 
@@ -85,7 +85,7 @@ def _harmful(names: List[str]) -> List[str]:
 
 
 def _anchor_grid(model: nn.Module) -> List[int]:
-    """Returns the numbers of aspect ratios and of sizes of the model's anchors; 3 and 3 if it has no anchors."""
+    """Returns the number of aspect ratios and of sizes of the model's anchors, or 3 and 3 if it has no anchors."""
     generator = getattr(model, "anchor_generator", None)
     if generator is None:
         return [3, 3]

@@ -1,6 +1,6 @@
-"""``torchvision://resnet18``: torchvision's ImageNet ResNets under detectron2's names, wherever a path is taken.
+"""``torchvision://resnet18``: torchvision's ImageNet ResNets with detectron2's names, wherever a path is expected.
 
-``torchvision:///path/to/resnet18-f37072fd.pth`` converts a local copy. Train with what these weights expect:
+``torchvision:///path/to/resnet18-f37072fd.pth`` converts a local copy. Use the settings that these weights expect:
 ``INPUT.FORMAT RGB``, ``MODEL.PIXEL_MEAN [123.675, 116.28, 103.53]``, ``MODEL.PIXEL_STD [58.395, 57.12, 57.375]``,
 ``MODEL.RESNETS.STRIDE_IN_1X1 False``.
 """
@@ -24,12 +24,12 @@ RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
 
 
 def register_torchvision() -> None:
-    """Registers ``torchvision://`` with detectron2's PathManager; again is harmless."""
+    """Registers ``torchvision://`` with detectron2's PathManager. Calling it again is harmless."""
     PathManager.register_handler(TorchvisionHandler(), allow_override=True)
 
 
 def convert_torchvision(state: Mapping[str, Any]) -> Dict[str, Tensor]:
-    """Renames a torchvision ResNet to detectron2's ``backbone.bottom_up.*`` and drops its classifier.
+    """Renames the tensors of a torchvision ResNet to detectron2's ``backbone.bottom_up.*`` and drops its classifier.
 
     Args:
         state: torchvision's state dict.
@@ -38,26 +38,26 @@ def convert_torchvision(state: Mapping[str, Any]) -> Dict[str, Tensor]:
         detectron2 name -> tensor.
 
     Raises:
-        D2kdError: there are keys that a ResNet has not, or the last stage is missing.
+        D2kdError: there are keys that do not belong to a ResNet, or the last stage is missing.
     """
     plain = plain_state(state)
     return {new: plain[name] for name, new in torchvision_names(plain).items()}
 
 
 def torchvision_names(state: Mapping[str, Tensor]) -> Dict[str, str]:
-    """Returns what each of a ResNet's tensors is called in detectron2, its classifier left out.
+    """Returns detectron2's name of each tensor of a ResNet, except those of its classifier.
 
     Args:
         state: a plain state dict, from :func:`plain_state`.
 
     Raises:
-        D2kdError: as :func:`convert_torchvision`.
+        D2kdError: see :func:`convert_torchvision`.
     """
     names = {name: resnet_name(name) for name in state if not name.startswith("fc.")}
     if unknown := [name for name, new in names.items() if new is None]:
-        raise D2kdError(f"these keys are not a ResNet's: {some(unknown)}; pass a ResNet of torchvision")
+        raise D2kdError(f"these keys do not belong to a ResNet: {some(unknown)}; pass a torchvision ResNet")
     if "layer4.0.conv1.weight" not in names:
-        raise D2kdError("layer4.0.conv1.weight is missing, so this is not a ResNet; pass a ResNet of torchvision")
+        raise D2kdError("layer4.0.conv1.weight is missing, so this is not a ResNet; pass a torchvision ResNet")
     return {name: new for name, new in names.items() if new is not None}
 
 
@@ -65,7 +65,7 @@ class TorchvisionHandler(PathHandler):
     """Resolves ``torchvision://NAME`` and ``torchvision:///path/to/FILE`` to a converted local file."""
 
     def _get_supported_prefixes(self) -> List[str]:
-        # DetectionCheckpointer sends paths through urlparse, which makes torchvision:///a out to be torchvision:/a.
+        # DetectionCheckpointer passes paths through urlparse, which turns torchvision:///a into torchvision:/a.
         return [PREFIX, "torchvision:/"]
 
     def _get_local_path(self, path: str, force: bool = False, **kwargs: Any) -> str:
@@ -83,9 +83,9 @@ def _cache() -> str:
 
 
 def _downloaded(name: str) -> str:
-    """Returns torchvision's own file in torch.hub's folder, fetched if it is not there yet."""
+    """Returns the path of torchvision's file in torch.hub's folder, after downloading it if it is missing."""
     if name not in RESNETS:
-        raise D2kdError(f"{PREFIX}{name}: known are {', '.join(RESNETS)}{nearest(name, RESNETS)}")
+        raise D2kdError(f"{PREFIX}{name} is unknown; use one of {', '.join(RESNETS)}{nearest(name, RESNETS)}")
     url = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"].url
     target = os.path.join(_cache(), os.path.basename(url))
     if not os.path.isfile(target):
@@ -96,17 +96,17 @@ def _downloaded(name: str) -> str:
 def _download(url: str, target: str) -> None:
     sha256 = os.path.splitext(target)[0].rsplit("-", 1)[1]
     try:
-        with file_lock(target):  # the workers of one machine all ask at once
+        with file_lock(target):  # all workers of a machine ask at once
             if not os.path.isfile(target):
                 torch.hub.download_url_to_file(url, target, hash_prefix=sha256, progress=False)
-    except (OSError, RuntimeError, HTTPException) as error:  # RuntimeError: the hash does not agree
+    except (OSError, RuntimeError, HTTPException) as error:  # RuntimeError: the hash does not match
         raise D2kdError(
-            f"{url} could not be downloaded ({error}); download it by hand into {os.path.dirname(target)}"
+            f"{url} could not be downloaded ({error}); download it manually into {os.path.dirname(target)}"
         ) from error
 
 
 def _converted(source: str) -> str:
-    """Returns a file with the converted weights: beside the source, or in torch.hub's folder if that is read-only."""
+    """Returns a file with the converted weights: next to the source, or in torch.hub's folder if that is read-only."""
     if not os.path.isfile(source):
         raise D2kdError(f"{PREFIX}{source}: no such file; check the path")
     stamp = _stamp(source)
@@ -127,7 +127,7 @@ def _convert_file(source: str) -> Dict[str, Tensor]:
 
 
 def _write_first(content: Dict[str, Any], targets: List[str]) -> str:
-    """Writes to the first target whose folder can be written."""
+    """Writes to the first target whose folder is writable."""
     for target in targets:
         try:
             os.makedirs(os.path.dirname(target), exist_ok=True)
@@ -135,7 +135,7 @@ def _write_first(content: Dict[str, Any], targets: List[str]) -> str:
         except OSError:
             continue
         return target
-    raise D2kdError(f"{' and '.join(targets)} cannot be written; set TORCH_HOME to a folder that can")
+    raise D2kdError(f"{' and '.join(targets)} cannot be written; set TORCH_HOME to a writable folder")
 
 
 def _stamp(source: str) -> List[int]:

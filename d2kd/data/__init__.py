@@ -1,4 +1,4 @@
-"""Data sets: registration and checks of COCO-format files, and a generated set that needs no download."""
+"""Data sets: registration and checks of COCO-format files, and a generated data set that needs no download."""
 
 from .blood_cells import CLASS_NAMES, write_blood_cells
 from .coco import check_coco, read_coco

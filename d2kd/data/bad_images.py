@@ -1,4 +1,4 @@
-"""Images that cannot be read: named in training and evaluation, and counted where training replaces them."""
+"""Images that cannot be read: errors name them, and where training replaces them they are counted."""
 
 import logging
 from typing import Any, Callable, Dict, List, Optional, Sequence
@@ -11,16 +11,15 @@ from torch.utils.hooks import RemovableHandle
 from ..errors import D2kdError
 from .images import image_fault
 
-#: Of a sample: what is wrong with each image that it stands for, by file name. Of the metrics: how many these are.
+#: Key of a sample: what is wrong with each image that it replaces, by file name. Key of the metrics: their number.
 BAD_IMAGES = "bad_images"
-SKIP = "DATALOADER.SKIP_BAD_IMAGES True (LazyConfig: train.skip_bad_images=True)"
 
 
 class EvaluationMapper:
-    """A mapper for evaluation, which leaves out no image: it names the one that it cannot read.
+    """A mapper for evaluation, which skips no image: its error names an image that cannot be read.
 
     Args:
-        mapper: makes a sample of a dataset dict.
+        mapper: converts a dataset dict to a sample.
     """
 
     def __init__(self, mapper: Callable[[Any], Any]) -> None:
@@ -33,13 +32,13 @@ class EvaluationMapper:
             fault = image_fault(entry, error)
             if not fault:
                 raise
-            raise D2kdError(f"{fault}; mend the file or its entry, for the results depend on all images") from error
+            raise D2kdError(f"{fault}; fix the file or its entry, since the results depend on all images") from error
 
 
 class BadImages(HookBase):
-    """Tells of each image that was replaced once, and writes their number so far to the metrics.
+    """Logs each replaced image once, and writes their number so far to the metrics.
 
-    It sees the batches of all processes, and its state is part of every checkpoint of the run.
+    It sees the batches of all processes, and its state is saved in every checkpoint of the run.
     """
 
     def __init__(self) -> None:
@@ -73,5 +72,5 @@ class BadImages(HookBase):
     def _add(self, faults: Dict[str, str]) -> None:
         for path, fault in faults.items():
             if path not in self.faults and comm.is_main_process():
-                logging.getLogger(__name__).warning("Another image takes the place of one: %s", fault)
+                logging.getLogger(__name__).warning("Replaced an image by another one: %s", fault)
             self.faults[path] = fault

@@ -1,4 +1,4 @@
-"""A generated detection set that looks like a stained blood smear: seconds to make, no download, complete labels."""
+"""A generated data set of stained blood smears: made in seconds, without a download, and with complete labels."""
 
 import json
 import zlib
@@ -15,30 +15,31 @@ from .sets import write_coco
 CLASS_NAMES = ("RBC", "WBC", "Platelets")
 RBC, WBC, PLATELET = 1, 2, 3
 
-# Raise it whenever the pictures change: files of another version are made anew instead of reused.
+# Increase this whenever the pictures change: files of other versions are regenerated instead of reused.
 VERSION = 1
 
-# All lengths below are pixels of an image of this height; other sizes show the same smear at another resolution.
+# All lengths below are in pixels of an image of this height. Other sizes show the same smear at another resolution.
 NOMINAL_SIZE = (128, 170)
 
 DIAMETER = {RBC: (18.0, 34.0), WBC: (40.0, 58.0), PLATELET: (14.0, 19.0)}
-# The largest departure from a circle: ratio of the axes, and the amplitude of the outline's waves.
-FLATTEST = {RBC: 0.72, WBC: 0.8, PLATELET: 0.7}
+# The largest deviation from a circle: ratio of the axes, and amplitude of the outline's waves.
+MIN_AXIS_RATIO = {RBC: 0.72, WBC: 0.8, PLATELET: 0.7}
 WOBBLE = {RBC: 0.03, WBC: 0.05, PLATELET: 0.09}
-# The least distance of two centres, as a share of the sum of their radii: below 1 the cells may overlap.
+# The minimum distance between two centers relative to the sum of their radii. Below 1 the cells may overlap.
 SPACING = {RBC: 0.62, WBC: 0.8, PLATELET: 0.9}
 PLACEMENT_TRIES = 30
 
-# Less than this share of a cell in the image: the cell is not drawn. Less of it left in sight: it is not labelled.
-LEAST_INSIDE = {RBC: 0.2, WBC: 0.3, PLATELET: 0.6}
-LEAST_VISIBLE = 0.15
+# A cell is drawn only if at least MIN_INSIDE_FRACTION of it is inside the image, and labeled only if at least
+# MIN_VISIBLE of that is not covered by other cells.
+MIN_INSIDE_FRACTION = {RBC: 0.2, WBC: 0.3, PLATELET: 0.6}
+MIN_VISIBLE = 0.15
 
-# Shading is RGB in 0..255.
+# RGB, 0 to 255.
 BACKGROUND = np.array([220.0, 205.0, 209.0])
-RBC_COLOUR = np.array([190.0, 138.0, 138.0])
-CYTOPLASM_COLOUR = np.array([186.0, 162.0, 203.0])
-NUCLEUS_COLOUR = np.array([92.0, 56.0, 148.0])
-PLATELET_COLOUR = np.array([124.0, 96.0, 168.0])
+RBC_COLOR = np.array([190.0, 138.0, 138.0])
+CYTOPLASM_COLOR = np.array([186.0, 162.0, 203.0])
+NUCLEUS_COLOR = np.array([92.0, 56.0, 148.0])
+PLATELET_COLOR = np.array([124.0, 96.0, 168.0])
 
 Window = Tuple[slice, slice]
 
@@ -59,14 +60,14 @@ class Cell:
         return sum(self.axes) / 2
 
     def radius(self, theta: np.ndarray) -> np.ndarray:
-        """Returns the distance from the centre to the outline in the directions ``theta`` (radians)."""
+        """Returns the distance from the center to the outline in the directions ``theta`` (radians)."""
         long, short = self.axes
         ellipse = long * short / np.hypot(short * np.cos(theta - self.angle), long * np.sin(theta - self.angle))
         waves = [amplitude * np.cos(order * theta + phase) for order, amplitude, phase in self.waves]
         return ellipse * (1 + np.sum(waves, axis=0))
 
     def box(self) -> np.ndarray:
-        """Returns the bounding box (x0, y0, x1, y1) of the whole outline; it may reach out of the image."""
+        """Returns the bounding box (x0, y0, x1, y1) of the whole outline, which may extend beyond the image."""
         theta = np.linspace(0, 2 * np.pi, 180)
         radius = self.radius(theta)
         x, y = self.x + radius * np.cos(theta), self.y + radius * np.sin(theta)
@@ -74,23 +75,23 @@ class Cell:
 
 
 def write_blood_cells(root: Path, split: str, num_images: int, seed: int, size: Tuple[int, int] = NOMINAL_SIZE) -> Path:
-    """Writes one split of the generated data set, or reuses it if it is there with the same parameters.
+    """Writes one split of the generated data set, or reuses an existing one with the same parameters.
 
-    The pictures depend on the parameters alone: the same call writes the same bytes, and splits of the same seed share
-    no picture. The annotation file is written last and in one step, so it exists only if the split is complete.
+    The pictures depend only on the parameters: the same call writes the same bytes. Splits with the same seed have no
+    picture in common. The annotation file is written last and atomically, so it exists only if the split is complete.
 
     Args:
-        root: folder of the data set; gets ``images/<split>_00001.png`` and so on, and ``instances_<split>.json``.
+        root: folder of the data set, where ``images/<split>_00001.png`` ... and ``instances_<split>.json`` are written.
         split: name of the split, for instance ``train``.
         num_images: number of images, at least 1.
-        seed: seed of the random numbers, not negative.
-        size: height and width of the images in pixels, at least 32 each; cells grow with the height.
+        seed: random seed, not negative.
+        size: height and width of the images in pixels, at least 32 each; cells scale with the height.
 
     Returns:
-        The path of the annotation file, in COCO's format with the categories 1 RBC, 2 WBC and 3 Platelets.
+        The path of the annotation file, in COCO format with the categories 1 RBC, 2 WBC and 3 Platelets.
 
     Raises:
-        D2kdError: a parameter is out of its range, or the annotation file is there but not written by this function.
+        D2kdError: a parameter is out of range, or the annotation file exists but was not written by this function.
     """
     if num_images < 1 or seed < 0 or min(size) < 32:
         raise D2kdError(
@@ -107,7 +108,7 @@ def write_blood_cells(root: Path, split: str, num_images: int, seed: int, size: 
     (root / "images").mkdir(parents=True, exist_ok=True)
     content = _empty_coco(generator)
     for index, name in enumerate(names, 1):
-        # One stream per image: none depends on how many random numbers the images before it took.
+        # Each image has its own generator, so it does not depend on how many numbers the previous ones used.
         pixels, boxes = draw_smear(np.random.default_rng([seed, zlib.crc32(split.encode()), index]), size)
         Image.fromarray(pixels).save(root / "images" / name)
         content["images"].append({"id": index, "file_name": name, "height": size[0], "width": size[1]})
@@ -118,13 +119,13 @@ def write_blood_cells(root: Path, split: str, num_images: int, seed: int, size: 
 
 
 def _written_parameters(json_file: Path) -> Optional[Dict[str, Any]]:
-    """Returns the parameters a present annotation file was made with, or None if there is no such file."""
+    """Returns the parameters that an existing annotation file was generated with, or None if there is no such file."""
     if not json_file.exists():
         return None
     try:
         return json.loads(json_file.read_text(encoding="utf-8"))["info"]["generator"]
     except (ValueError, KeyError, TypeError):
-        # It may be somebody's own annotations: never overwrite them.
+        # These may be the user's own annotations: never overwrite them.
         raise D2kdError(
             f"{json_file} was not written by the blood cell generator; move it away or choose another folder"
         ) from None
@@ -159,12 +160,12 @@ def draw_smear(rng: np.random.Generator, size: Tuple[int, int]) -> Tuple[np.ndar
     """Draws one image.
 
     Args:
-        rng: source of all randomness.
+        rng: random number generator.
         size: height and width in pixels.
 
     Returns:
-        The RGB image (height, width, 3) as uint8, and the category and box (x0, y0, x1, y1) of every labelled cell in
-        pixels, clipped to the image.
+        The RGB image, (height, width, 3) uint8, and the category and box (x0, y0, x1, y1) of each labeled cell, in
+        pixels and clipped to the image.
     """
     scale = size[0] / NOMINAL_SIZE[0]
     canvas = _background(rng, size)
@@ -180,7 +181,7 @@ def draw_smear(rng: np.random.Generator, size: Tuple[int, int]) -> Tuple[np.ndar
     boxes = [
         (cell.category, _clip(cell.box(), size))
         for index, cell in enumerate(cells)
-        if (topmost == index).sum() >= LEAST_VISIBLE * footprint[index]
+        if (topmost == index).sum() >= MIN_VISIBLE * footprint[index]
     ]
     return _photograph(rng, canvas, scale), boxes
 
@@ -195,20 +196,20 @@ def _area(box: np.ndarray) -> float:
 
 
 def _background(rng: np.random.Generator, size: Tuple[int, int]) -> np.ndarray:
-    """Returns a pinkish canvas (height, width, 3) with unevenly spread stain."""
-    colour = BACKGROUND + rng.normal(0, 5, 3) + rng.normal(0, 7)
+    """Returns a pinkish canvas (height, width, 3) with uneven staining."""
+    color = BACKGROUND + rng.normal(0, 5, 3) + rng.normal(0, 7)
     coarse = Image.fromarray(rng.normal(0, 6, (6, 8)).astype(np.float32))
     fine = Image.fromarray(rng.normal(0, 3, (24, 32)).astype(np.float32))
     stain = sum(np.asarray(layer.resize(size[::-1], Image.Resampling.BICUBIC)) for layer in (coarse, fine))
-    return colour + np.asarray(stain, dtype=np.float64)[..., None] * np.array([0.6, 1.0, 0.8])
+    return color + np.asarray(stain, dtype=np.float64)[..., None] * np.array([0.6, 1.0, 0.8])
 
 
 def _place_cells(rng: np.random.Generator, size: Tuple[int, int], scale: float) -> List[Cell]:
     """Returns the cells from bottom to top."""
-    crowd = size[1] / scale / NOMINAL_SIZE[1]
+    density = size[1] / scale / NOMINAL_SIZE[1]
     counts = {
         WBC: rng.choice([0, 1, 2], p=[0.06, 0.86, 0.08]),
-        RBC: round(rng.integers(9, 24) * crowd),
+        RBC: round(rng.integers(9, 24) * density),
         PLATELET: rng.choice([1, 2, 3, 4, 5], p=[0.1, 0.3, 0.3, 0.2, 0.1]),
     }
     cells: List[Cell] = []
@@ -216,25 +217,25 @@ def _place_cells(rng: np.random.Generator, size: Tuple[int, int], scale: float) 
         for _ in range(count):
             tries = (_random_cell(rng, category, size, scale) for _ in range(PLACEMENT_TRIES))
             cells += next(([cell] for cell in tries if _fits(cell, cells, size)), [])
-    # White cells are placed first, while there is room, but lie over red ones.
+    # White cells are placed first, while there is room, but are drawn on top of red ones.
     return sorted(cells, key=lambda cell: cell.category)
 
 
 def _random_cell(rng: np.random.Generator, category: int, size: Tuple[int, int], scale: float) -> Cell:
     radius = scale * rng.uniform(*DIAMETER[category]) / 2
-    flat = np.sqrt(rng.uniform(FLATTEST[category], 1))
+    flat = np.sqrt(rng.uniform(MIN_AXIS_RATIO[category], 1))
     waves = tuple(
         (order, rng.uniform(0, WOBBLE[category]) * 2 / order, rng.uniform(0, 2 * np.pi)) for order in (2, 3, 4, 5)
     )
-    # Centres may lie outside, so that cells are cut off at all four borders.
+    # Centers may lie outside, so that cells are cut off at all four borders.
     x, y = (rng.uniform(-radius, length + radius) for length in size[::-1])
     return Cell(category, x, y, (radius / flat, radius * flat), rng.uniform(0, np.pi), waves)
 
 
 def _fits(cell: Cell, others: List[Cell], size: Tuple[int, int]) -> bool:
-    """Tells whether enough of the cell is inside the image and it keeps its distance from the other cells."""
+    """Returns whether enough of the cell is inside the image and it is far enough from the other cells."""
     box = cell.box()
-    if _area(_clip(box, size)) < LEAST_INSIDE[cell.category] * _area(box):
+    if _area(_clip(box, size)) < MIN_INSIDE_FRACTION[cell.category] * _area(box):
         return False
     return all(
         np.hypot(cell.x - other.x, cell.y - other.y) >= SPACING[cell.category] * (cell.mean_radius + other.mean_radius)
@@ -243,21 +244,21 @@ def _fits(cell: Cell, others: List[Cell], size: Tuple[int, int]) -> bool:
 
 
 def _window(cell: Cell, shape: Tuple[int, ...]) -> Tuple[Window, np.ndarray, np.ndarray]:
-    """Returns the part of the image around a cell, and there the distance to its centre and its outline's radius."""
+    """Returns the window around a cell, and for each pixel the distance to the center and the outline's radius."""
     x0, y0, x1, y1 = _clip(cell.box() + np.array([-3, -3, 4, 4]), (shape[0], shape[1])).astype(int)
     y, x = np.mgrid[y0:y1, x0:x1] + 0.5
     distance = np.hypot(x - cell.x, y - cell.y)
     return (slice(y0, y1), slice(x0, x1)), distance, cell.radius(np.arctan2(y - cell.y, x - cell.x))
 
 
-def _blend(canvas: np.ndarray, window: Window, colour: np.ndarray, opacity: np.ndarray) -> None:
-    canvas[window] += opacity[..., None] * (colour - canvas[window])
+def _blend(canvas: np.ndarray, window: Window, color: np.ndarray, opacity: np.ndarray) -> None:
+    canvas[window] += opacity[..., None] * (color - canvas[window])
 
 
 def _draw_cell(rng: np.random.Generator, canvas: np.ndarray, cell: Cell) -> Tuple[Window, np.ndarray]:
-    """Draws a cell; returns its window and there the mask of the pixels it covers."""
+    """Draws a cell. Returns its window, and the mask of the pixels it covers in that window."""
     window, distance, radius = _window(cell, canvas.shape)
-    # The edge's width in pixels: cells lie at different depths, so some are out of focus.
+    # The divisor is the width of the edge in pixels: cells lie at different depths, so some are out of focus.
     cover = np.clip((radius - distance) / rng.uniform(1.0, 3.0) + 0.5, 0, 1)
     draw = {RBC: _draw_rbc, WBC: _draw_wbc, PLATELET: _draw_platelet}[cell.category]
     draw(rng, canvas, cell, window, cover, distance / radius)
@@ -267,67 +268,67 @@ def _draw_cell(rng: np.random.Generator, canvas: np.ndarray, cell: Cell) -> Tupl
 def _draw_rbc(
     rng: np.random.Generator, canvas: np.ndarray, cell: Cell, window: Window, cover: np.ndarray, depth: np.ndarray
 ) -> None:
-    """Draws a disc with a pale centre and a darker rim; ``depth`` is 0 at the centre and 1 at the outline."""
+    """Draws a disc with a pale center and a darker rim; ``depth`` is 0 at the center and 1 at the outline."""
     opacity = rng.uniform(0.25, 0.45) if rng.random() < 0.2 else rng.uniform(0.6, 0.95)
     pallor = rng.uniform(0, 0.9) * np.exp(-((depth / rng.uniform(0.3, 0.6)) ** 2))
     rim = rng.uniform(0, 22) * np.exp(-(((depth - 0.9) / 0.12) ** 2))
-    colour = RBC_COLOUR + rng.normal(0, 3, 3) + rng.normal(0, 7) - rim[..., None]
-    _blend(canvas, window, colour, cover * opacity * (1 - pallor))
+    color = RBC_COLOR + rng.normal(0, 3, 3) + rng.normal(0, 7) - rim[..., None]
+    _blend(canvas, window, color, cover * opacity * (1 - pallor))
 
 
 def _draw_wbc(
     rng: np.random.Generator, canvas: np.ndarray, cell: Cell, window: Window, cover: np.ndarray, depth: np.ndarray
 ) -> None:
-    """Draws grainy, half transparent plasma and a dark nucleus of one to four lobes."""
+    """Draws grainy, semi-transparent cytoplasm and a dark nucleus with one to four lobes."""
     grain = rng.normal(0, 9, (*cover.shape, 1))
-    colour = CYTOPLASM_COLOUR + rng.normal(0, 8, 3)
-    _blend(canvas, window, colour + grain, cover * rng.uniform(0.55, 0.9))
-    nucleus_colour, nucleus_opacity = NUCLEUS_COLOUR + rng.normal(0, 9, 3), rng.uniform(0.75, 0.95)
+    color = CYTOPLASM_COLOR + rng.normal(0, 8, 3)
+    _blend(canvas, window, color + grain, cover * rng.uniform(0.55, 0.9))
+    nucleus_color, nucleus_opacity = NUCLEUS_COLOR + rng.normal(0, 9, 3), rng.uniform(0.75, 0.95)
     lobes = rng.integers(1, 5)
     direction = rng.uniform(0, 2 * np.pi)
     for _ in range(lobes):
-        # More lobes are smaller and lie farther out; one fills most of the cell.
+        # Several lobes are smaller and farther out; a single one fills most of the cell.
         reach = cell.mean_radius * (rng.uniform(0.25, 0.4) if lobes > 1 else rng.uniform(0, 0.15))
         size = cell.mean_radius * (rng.uniform(0.32, 0.44) if lobes > 1 else rng.uniform(0.55, 0.75))
         x, y = cell.x + reach * np.cos(direction), cell.y + reach * np.sin(direction)
         lobe = Cell(WBC, x, y, (size * 1.15, size / 1.15), rng.uniform(0, np.pi), cell.waves)
-        _draw_lobe(rng, canvas, lobe, nucleus_colour, nucleus_opacity)
+        _draw_lobe(rng, canvas, lobe, nucleus_color, nucleus_opacity)
         direction += 2 * np.pi / lobes + rng.normal(0, 0.3)
 
 
-def _draw_lobe(rng: np.random.Generator, canvas: np.ndarray, lobe: Cell, colour: np.ndarray, opacity: float) -> None:
+def _draw_lobe(rng: np.random.Generator, canvas: np.ndarray, lobe: Cell, color: np.ndarray, opacity: float) -> None:
     window, distance, radius = _window(lobe, canvas.shape)
     cover = np.clip((radius - distance) / 2 + 0.5, 0, 1)
-    _blend(canvas, window, colour + rng.normal(0, 8, (*cover.shape, 1)), cover * opacity)
+    _blend(canvas, window, color + rng.normal(0, 8, (*cover.shape, 1)), cover * opacity)
 
 
 def _draw_platelet(
     rng: np.random.Generator, canvas: np.ndarray, cell: Cell, window: Window, cover: np.ndarray, depth: np.ndarray
 ) -> None:
-    """Draws a small grainy violet body that thins out towards its outline."""
+    """Draws a small, grainy, violet body that fades toward its outline."""
     grain = rng.normal(0, 12, (*cover.shape, 1))
-    colour = PLATELET_COLOUR + rng.normal(0, 10, 3)
-    _blend(canvas, window, colour + grain, cover * rng.uniform(0.5, 0.9) * (1 - 0.3 * depth.clip(0, 1)))
+    color = PLATELET_COLOR + rng.normal(0, 10, 3)
+    _blend(canvas, window, color + grain, cover * rng.uniform(0.5, 0.9) * (1 - 0.3 * depth.clip(0, 1)))
 
 
 def _draw_smudges(rng: np.random.Generator, canvas: np.ndarray, scale: float) -> None:
-    """Draws unlabelled clutter under the cells: out-of-focus stains in the colours of the cells."""
+    """Draws unlabeled clutter below the cells: out-of-focus stains in the colors of the cells."""
     for _ in range(rng.integers(2, 7)):
-        colour = (RBC_COLOUR, CYTOPLASM_COLOUR, PLATELET_COLOUR)[rng.integers(3)] + rng.normal(0, 8, 3)
-        _draw_soft_spot(rng, canvas, scale * rng.uniform(3, 11), colour, rng.uniform(0.1, 0.35))
+        color = (RBC_COLOR, CYTOPLASM_COLOR, PLATELET_COLOR)[rng.integers(3)] + rng.normal(0, 8, 3)
+        _draw_soft_spot(rng, canvas, scale * rng.uniform(3, 11), color, rng.uniform(0.1, 0.35))
 
 
 def _draw_specks(rng: np.random.Generator, canvas: np.ndarray, scale: float) -> None:
-    """Draws unlabelled clutter over the cells: dark dust and bright reflections, smaller than any platelet."""
+    """Draws unlabeled clutter above the cells: dark dust and bright reflections, smaller than any platelet."""
     for _ in range(rng.integers(2, 9)):
-        colour = np.array([70.0, 55.0, 80.0]) if rng.random() < 0.5 else np.array([245.0, 238.0, 240.0])
-        _draw_soft_spot(rng, canvas, scale * rng.uniform(0.7, 1.4), colour, rng.uniform(0.4, 0.8))
+        color = np.array([70.0, 55.0, 80.0]) if rng.random() < 0.5 else np.array([245.0, 238.0, 240.0])
+        _draw_soft_spot(rng, canvas, scale * rng.uniform(0.7, 1.4), color, rng.uniform(0.4, 0.8))
 
 
 def _draw_soft_spot(
-    rng: np.random.Generator, canvas: np.ndarray, sigma: float, colour: np.ndarray, opacity: float
+    rng: np.random.Generator, canvas: np.ndarray, sigma: float, color: np.ndarray, opacity: float
 ) -> None:
-    """Blends a Gaussian spot of width ``sigma`` (pixels) in at a random place."""
+    """Blends in a Gaussian spot of width ``sigma`` (in pixels) at a random position."""
     height, width = canvas.shape[:2]
     x, y = rng.uniform(0, width), rng.uniform(0, height)
     flat, angle = rng.uniform(0.5, 1), rng.uniform(0, np.pi)
@@ -335,11 +336,11 @@ def _draw_soft_spot(
     along = (right - x) * np.cos(angle) + (down - y) * np.sin(angle)
     across = (down - y) * np.cos(angle) - (right - x) * np.sin(angle)
     spot = np.exp(-(along**2 + (across / flat) ** 2) / (2 * sigma**2))
-    _blend(canvas, (slice(None), slice(None)), colour, opacity * spot)
+    _blend(canvas, (slice(None), slice(None)), color, opacity * spot)
 
 
 def _photograph(rng: np.random.Generator, canvas: np.ndarray, scale: float) -> np.ndarray:
-    """Returns the canvas as a camera sees it: exposed, slightly out of focus and noisy, uint8."""
+    """Returns the canvas as seen by a camera: exposed, slightly out of focus and noisy, uint8."""
     exposed = canvas * rng.uniform(0.85, 1.08) + rng.normal(0, 4, 3)
     picture = Image.fromarray(np.clip(exposed, 0, 255).astype(np.uint8))
     blurred = np.asarray(picture.filter(ImageFilter.GaussianBlur(scale * rng.uniform(0.3, 1.2))), dtype=np.float64)

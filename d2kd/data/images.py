@@ -1,4 +1,4 @@
-"""Checks of image files: whether they are there, can be read and have the size that the annotations say."""
+"""Checks of image files: whether they exist, can be read, and have the size given in the annotations."""
 
 import os
 import reprlib
@@ -9,46 +9,46 @@ from PIL import Image
 
 from ..errors import D2kdError
 
-#: So many images of a set are opened for their size, which takes less than a second.
+#: Maximum number of images of a data set whose headers are read for their size; this takes less than a second.
 HEADERS_READ = 1000
-NAMES_TOLD = 3
+NAMES_SHOWN = 3
 ORIENTATION = 0x0112
-TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
+ROTATED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
 
 def check_image_files(
     json_file: str, image_root: Union[str, Path], images: Sequence[Tuple[str, int, int]], read_headers: bool
 ) -> None:
-    """Checks that all images are there and, if asked to, that those of a sample have the right size.
+    """Checks that all images exist and, if ``read_headers`` is set, that a sample of them have the right size.
 
     Args:
-        json_file: the annotation file that names them.
-        image_root: the folder that their names are relative to.
-        images: name, width and height of each.
-        read_headers: whether to open some of them.
+        json_file: the annotation file that lists the images.
+        image_root: the folder that their file names are relative to.
+        images: file name, width and height of each image.
+        read_headers: whether to read the headers of some images.
 
     Raises:
-        D2kdError: names the first files and the mend.
+        D2kdError: an image is missing or cannot be used; the message names the first ones and how to fix it.
     """
     if not os.path.isdir(image_root):
         raise D2kdError(f"the image folder {image_root} of {json_file} does not exist; put the images there")
     missing = missing_files(image_root, [name for name, *_ in images])
     if missing:
-        first = ", ".join(map(reprlib.repr, missing[:NAMES_TOLD]))
+        first = ", ".join(map(reprlib.repr, missing[:NAMES_SHOWN]))
         raise D2kdError(
             f"{len(missing)} of {len(images)} images named in {json_file} are not in {image_root}, such as {first}; "
-            "put the images there or give the folder that the file names are relative to"
+            "put the images there or set the folder that the file names are relative to"
         )
     if read_headers:
         for name, width, height in images[:: -(-len(images) // HEADERS_READ)]:
             path = os.path.join(image_root, name)
-            reason = reading_fault(path, (width, height), decode=False)
+            reason = read_fault(path, (width, height), decode=False)
             if reason:
-                raise D2kdError(f"the image {path} of {json_file} cannot be used: {reason}; mend the file or its entry")
+                raise D2kdError(f"the image {path} of {json_file} cannot be used: {reason}; fix the file or its entry")
 
 
 def missing_files(folder: Union[str, Path], names: Sequence[str]) -> List[str]:
-    """Those of some file names, relative to a folder, that are not there; lists folders instead of asking for each."""
+    """Returns the file names, relative to a folder, that do not exist. Lists folders instead of checking each file."""
     there: Dict[str, Set[str]] = {}
     missing = []
     for name in names:
@@ -56,7 +56,7 @@ def missing_files(folder: Union[str, Path], names: Sequence[str]) -> List[str]:
         parent, base = os.path.split(path)
         if parent not in there:
             there[parent] = _files_in(parent)
-        # The question makes sure of file systems that ignore case.
+        # isfile() is for file systems that ignore case.
         if base not in there[parent] and not os.path.isfile(path):
             missing.append(name)
     return missing
@@ -71,53 +71,53 @@ def _files_in(folder: str) -> Set[str]:
 
 
 def image_fault(entry: Any, error: Exception) -> str:
-    """What is wrong with the image of a dataset dict on which a mapper failed.
+    """Describes what is wrong with the image of a dataset dict for which a mapper failed.
 
     Args:
         entry: detectron2's dataset dict.
-        error: what the mapper raised.
+        error: the exception raised by the mapper.
 
     Returns:
-        A sentence that names the file, or "" if the image is not the cause.
+        A description that names the file, or "" if the image is not the cause.
     """
     if not (isinstance(entry, Mapping) and "file_name" in entry):
         return ""
     size = (entry["width"], entry["height"]) if {"width", "height"} <= entry.keys() else None
-    reason = reading_fault(entry["file_name"], size, decode=True)
-    if not reason and isinstance(error, OSError):  # it can be read by now
-        reason = in_words(error)
+    reason = read_fault(entry["file_name"], size, decode=True)
+    if not reason and isinstance(error, OSError):  # by now it can be read again
+        reason = error_text(error)
     return reason and f"the image {entry['file_name']} (id {entry.get('image_id')!r}) cannot be used: {reason}"
 
 
-def reading_fault(path: str, size: Optional[Tuple[int, int]], decode: bool) -> str:
-    """Why an image cannot be read as detectron2 reads it, or "" if it can.
+def read_fault(path: str, size: Optional[Tuple[int, int]], decode: bool) -> str:
+    """Returns why an image cannot be read the way detectron2 reads it, or "" if it can.
 
     Args:
         path: the file.
-        size: width and height that it must have, if known.
-        decode: whether to read the pixels too.
+        size: the required width and height, if known.
+        decode: whether to also read the pixels.
     """
     try:
         with Image.open(path) as image:
-            is_turned = _orientation(image) in TURNED
-            found = image.size[::-1] if is_turned else image.size
+            is_rotated = _orientation(image) in ROTATED
+            found = image.size[::-1] if is_rotated else image.size
             if decode:
                 image.convert("RGB")
-    except Exception as error:  # PIL's readers raise errors of many kinds for damaged files
-        return in_words(error)
+    except Exception as error:  # PIL's readers raise many types of errors for damaged files
+        return error_text(error)
     if size is None or size == found:
         return ""
-    turned = ", turned by its EXIF orientation" if is_turned else ""
-    return f"it has {found[0]} x {found[1]} pixels{turned}, the annotations say {size[0]} x {size[1]}"
+    rotated = " after rotation by its EXIF orientation" if is_rotated else ""
+    return f"it has {found[0]} x {found[1]} pixels{rotated}, but the annotations say {size[0]} x {size[1]}"
 
 
 def _orientation(image: Image.Image) -> Any:
     try:
         return image.getexif().get(ORIENTATION)
-    except Exception:  # as detectron2 does: damaged EXIF data are none
+    except Exception:  # like detectron2, treat damaged EXIF data as missing
         return None
 
 
-def in_words(error: Exception) -> str:
-    """An error in one line, without the path that the system adds."""
+def error_text(error: Exception) -> str:
+    """Returns an error as one line, without the path that the operating system adds."""
     return getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__

@@ -1,7 +1,7 @@
-"""Training batches as a function of seed and iteration alone, so that a resumed run sees what it would have seen.
+"""Training batches that depend on seed and iteration only, so that a resumed run sees the batches it would have seen.
 
-detectron2's own loader starts from the first image whenever a run starts, and what its workers draw for augmentation
-depends on what they drew before. Here every sample has a seed of its own.
+detectron2's own loader starts from the first image whenever a run starts, and the random numbers of its workers depend
+on those drawn before. Here every sample has its own seed.
 """
 
 import itertools
@@ -22,8 +22,9 @@ from detectron2.utils.serialize import PicklableWrapper
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from ..errors import D2kdError
+from ..keys import key, setting
 from ..private import train_loader_from_config
-from .bad_images import BAD_IMAGES, SKIP
+from .bad_images import BAD_IMAGES
 from .images import image_fault
 from .randomness import SAMPLES, seeded
 
@@ -31,14 +32,14 @@ TRIES = 100
 
 
 class SeededDataset(Dataset):
-    """Samples that depend on a seed and their position in the training stream only.
+    """Samples that depend only on a seed and their position in the training stream.
 
     Args:
         dataset: dataset dicts by index.
-        mapper: makes a sample of one, or None if it cannot; another one is drawn instead then.
+        mapper: maps a dataset dict to a sample, or to None to have another one drawn instead.
         seed: of the run.
-        skip_bad_images: whether to draw another one, too, if an image cannot be read. The sample, a dict, then tells
-            under ``bad_images`` what is wrong with the images that it stands for, by file name.
+        skip_bad_images: also draw another one if an image cannot be read. ``bad_images`` of the sample, a dict, then
+            describes what is wrong with the images it replaces, by file name.
     """
 
     def __init__(self, dataset: Any, mapper: Callable[[Any], Any], seed: int, skip_bad_images: bool = False) -> None:
@@ -51,7 +52,7 @@ class SeededDataset(Dataset):
         """Returns the sample for (index in the data set, position in the stream).
 
         Raises:
-            D2kdError: an image cannot be read, or the mapper made nothing of many samples in a row.
+            D2kdError: an image cannot be read, or the mapper returned None for many samples in a row.
         """
         index, position = place
         faults: Dict[str, str] = {}
@@ -65,7 +66,7 @@ class SeededDataset(Dataset):
         raise D2kdError(f"{TRIES} images in a row could not be used{first}; check the training set's files")
 
     def _sample(self, entry: Any, faults: Dict[str, str]) -> Any:
-        """What the mapper makes of a dataset dict, or None if the image cannot be read; the fault is noted then."""
+        """Maps a dataset dict to a sample; returns None and records the fault if the image cannot be read."""
         try:
             return self.mapper(entry)
         except Exception as error:
@@ -73,18 +74,19 @@ class SeededDataset(Dataset):
             if not fault:
                 raise
             if not self.skip_bad_images:
-                raise D2kdError(f"{fault}; mend the file or its entry, or set {SKIP} to train without it") from error
+                skip = setting("DATALOADER.SKIP_BAD_IMAGES", True)
+                raise D2kdError(f"{fault}; fix the file or its entry, or set {skip} to train without it") from error
         faults[entry["file_name"]] = fault
         return None
 
 
 class ResumableBatches(Sampler):
-    """Batches of (index, position) of this process, from any iteration on.
+    """Batches of (index, position) of this process, starting at any iteration.
 
     Args:
         sampler: an endless stream of indices.
-        groups: of each index: a batch is of one group.
-        batch_size: images of a batch.
+        groups: the group of each index; a batch holds indices of one group.
+        batch_size: number of images in a batch.
     """
 
     def __init__(self, sampler: Sampler, groups: Sequence[int], batch_size: int) -> None:
@@ -95,12 +97,12 @@ class ResumableBatches(Sampler):
         self.start = 0
 
     def __iter__(self) -> Iterator[List[Tuple[int, int]]]:
-        # Made here, since it keeps indices that fill no batch yet. Skipping reads indices only, no image.
+        # Created here because it keeps indices that do not fill a batch yet. Skipping reads indices, not images.
         batches = enumerate(GroupedBatchSampler(self.sampler, self.groups, self.batch_size))
         rank, workers = comm.get_rank(), comm.get_world_size()
         for iteration, batch in itertools.islice(batches, self.start, None):
             drawn = itertools.count(iteration * self.batch_size)
-            # The position in the stream of all processes: augmentation does not depend on their number.
+            # The position in the stream of all processes, so that augmentation does not depend on their number.
             yield [(index, next(drawn) * workers + rank) for index in batch]
 
 
@@ -123,21 +125,21 @@ def build_train_loader(
     skip_bad_images: bool = False,
     **kwargs: Any,
 ) -> DataLoader:
-    """Builds a loader as :func:`detectron2.data.build_detection_train_loader` does, whose stream can be resumed.
+    """Builds a loader like :func:`detectron2.data.build_detection_train_loader`, whose stream can be resumed.
 
-    Batches are the same for any ``num_workers``. A data set that is an iterable cannot be resumed and gets detectron2's
-    own loader.
+    Batches are the same for any ``num_workers``. An iterable data set cannot be resumed and gets detectron2's own
+    loader.
 
     Args:
         dataset: dataset dicts, as a list or by index.
-        mapper: makes a sample of a dataset dict.
+        mapper: maps a dataset dict to a sample.
         sampler: an endless stream of indices; by default detectron2's :class:`TrainingSampler`.
         total_batch_size: images of a batch over all processes.
-        aspect_ratio_grouping: whether a batch holds images either wider than high or not.
-        num_workers: processes that load.
-        collate_fn: makes a batch of a list of samples; by default the list itself.
-        seed: of the run, not negative; fixes augmentation, and the order unless ``sampler`` is given.
-        skip_bad_images: whether images that cannot be read are replaced by others; see :class:`SeededDataset`.
+        aspect_ratio_grouping: whether the images of a batch are either all wider than high or all not.
+        num_workers: number of loading processes.
+        collate_fn: makes a batch from a list of samples; by default the list itself.
+        seed: of the run, not negative; determines augmentation, and the order unless ``sampler`` is given.
+        skip_bad_images: replace images that cannot be read; see :class:`SeededDataset`.
         **kwargs: of :class:`torch.utils.data.DataLoader`.
 
     Raises:
@@ -146,8 +148,8 @@ def build_train_loader(
     workers = comm.get_world_size()
     if total_batch_size < 1 or total_batch_size % workers:
         raise D2kdError(
-            f"a batch of {total_batch_size} images cannot be divided by {workers} processes; set SOLVER.IMS_PER_BATCH "
-            "(LazyConfig: dataloader.train.total_batch_size) to a multiple"
+            f"a batch of {total_batch_size} images cannot be divided by {workers} processes; set "
+            f"{key('SOLVER.IMS_PER_BATCH')} to a multiple"
         )
     if isinstance(dataset, IterableDataset):
         return build_detection_train_loader(
@@ -168,20 +170,20 @@ def build_train_loader(
         batch_sampler=ResumableBatches(sampler, groups, total_batch_size // workers),
         num_workers=num_workers,
         collate_fn=collate_fn or trivial_batch_collator,
-        worker_init_fn=_heed_parent_alone,
-        generator=torch.Generator(),  # else it draws from the model's random numbers whenever a run starts
+        worker_init_fn=_ignore_sigterm_of_others,
+        generator=torch.Generator(),  # otherwise each start of a run draws from the model's random numbers
         **kwargs,
     )
 
 
 def start_at(loader: Any, iteration: int) -> None:
-    """Lets a loader begin with the batch of an iteration; warns where it is of a kind that cannot."""
+    """Makes a loader start with the batch of an iteration; warns if it is of a kind that cannot."""
     batches = getattr(loader, "batch_sampler", None)
     if isinstance(batches, ResumableBatches):
         batches.start = iteration
     elif iteration > 0:
         logging.getLogger(__name__).warning(
-            "The data loader is not d2kd's, so the order of images starts anew: the resumed run is not exact."
+            "The data loader is not d2kd's, so the order of images starts over: the resumed run is not exact."
         )
 
 
@@ -190,15 +192,15 @@ def _entries(dataset: Union[List[Any], Dataset]) -> Iterator[Any]:
 
 
 def _aspect(entry: Any) -> int:
-    """As detectron2 groups: 0 for images wider than high, else 1."""
+    """The group of an image, as in detectron2: 0 if it is wider than high, else 1."""
     return 0 if entry["width"] > entry["height"] else 1
 
 
-def _heed_parent_alone(_: int) -> None:
-    """Lets a worker end on SIGTERM from its parent only.
+def _ignore_sigterm_of_others(_: int) -> None:
+    """Makes a worker end on SIGTERM from its parent only.
 
-    Slurm signals all processes of a job; without its workers the main process could not finish its iteration. When it
-    ends with an error, Python ends the workers in this way, and waits for them.
+    Slurm signals all processes of a job, but the main process needs its workers to finish the iteration. When the main
+    process ends with an error, Python sends its workers SIGTERM and waits for them.
     """
     if not hasattr(signal, "sigwaitinfo"):  # macOS
         signal.signal(signal.SIGTERM, signal.SIG_IGN)

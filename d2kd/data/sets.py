@@ -1,6 +1,7 @@
-"""COCO-format data sets: where they lie, and their registration with detectron2."""
+"""COCO-format data sets: their location, and their registration with detectron2."""
 
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any, Dict, Union
@@ -14,15 +15,15 @@ BUILTIN_SPLITS = {"blood_cells": ("train", "val"), "bccd": ("train", "val", "tes
 
 
 def dataset_root() -> Path:
-    """Returns the folder of all data sets: the variable ``DETECTRON2_DATASETS``, or ``datasets`` if it is not set."""
+    """Returns the folder of all data sets: the environment variable ``DETECTRON2_DATASETS``, or else ``datasets``."""
     return Path(os.environ.get("DETECTRON2_DATASETS", "datasets")).expanduser()
 
 
 def register_coco(name: str, json_file: Union[str, Path], image_root: Union[str, Path]) -> None:
-    """Registers a data set in COCO's format with detectron2 under ``name``.
+    """Registers a data set in COCO format with detectron2 under ``name``.
 
-    Nothing is read: the files are needed only when the data set is used. Registering the same files again under the
-    same name changes nothing.
+    No file is read: the files are needed only when the data set is used. Registering the same files again under the
+    same name has no effect.
 
     Args:
         name: the name to use in ``DATASETS.TRAIN`` and ``DATASETS.TEST``.
@@ -30,7 +31,7 @@ def register_coco(name: str, json_file: Union[str, Path], image_root: Union[str,
         image_root: the folder that the file names in ``json_file`` are relative to.
 
     Raises:
-        D2kdError: ``name`` is already taken by other files.
+        D2kdError: ``name`` is already registered for other files.
     """
     files = {"json_file": os.path.abspath(json_file), "image_root": os.path.abspath(image_root)}
     if name not in DatasetCatalog:
@@ -41,7 +42,7 @@ def register_coco(name: str, json_file: Union[str, Path], image_root: Union[str,
     taken = {key: os.path.abspath(metadata.get(key, "")) for key in files}
     if taken != files:
         raise D2kdError(
-            f"the data set name '{name}' already stands for {metadata.get('json_file', 'another data set')} with "
+            f"the data set name '{name}' is already used for {metadata.get('json_file', 'another data set')} with "
             f"images in {metadata.get('image_root', 'no folder')}; choose another name for {json_file} with images in "
             f"{image_root}"
         )
@@ -50,24 +51,26 @@ def register_coco(name: str, json_file: Union[str, Path], image_root: Union[str,
 def register_builtin(root: Union[str, Path]) -> None:
     """Registers ``blood_cells_{train,val}`` and ``bccd_{train,val,test}``, expected in folders of those names.
 
+    A name that is registered already with other files stays as it is, with a warning.
+
     Args:
         root: the folder of all data sets; ``root/bccd`` then holds ``instances_<split>.json`` and ``images``.
-
-    Raises:
-        D2kdError: one of the names is already taken by other files, for instance under another root.
     """
     for folder, splits in BUILTIN_SPLITS.items():
         for split in splits:
-            register_coco(
-                f"{folder}_{split}", Path(root, folder, f"instances_{split}.json"), Path(root, folder, "images")
-            )
+            try:
+                register_coco(
+                    f"{folder}_{split}", Path(root, folder, f"instances_{split}.json"), Path(root, folder, "images")
+                )
+            except D2kdError as error:
+                logging.getLogger(__name__).warning("Data set not registered: %s", error)
 
 
 def write_coco(content: Dict[str, Any], json_file: Path) -> None:
-    """Writes an annotation file in one step, so that it is never seen half written.
+    """Writes an annotation file atomically, so that no reader sees a partial file.
 
     Args:
-        content: the annotations in COCO's format.
+        content: the annotations in COCO format.
         json_file: the file to write or replace.
     """
     temporary = json_file.with_name(json_file.name + ".tmp")

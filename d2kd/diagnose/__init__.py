@@ -1,1 +1,1 @@
-"""Looking at a run before and while it trains: the dry run, the teacher's pre-flight, gradient shares."""
+"""Diagnosis before and during training: the dry run, the teacher's pre-flight, gradients, non-finite levels."""

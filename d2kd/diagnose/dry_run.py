@@ -1,67 +1,61 @@
-"""How student, teacher and methods are wired, and how strongly each loss pulls at the FPN."""
+"""The dry run: how student, teacher and methods fit together, and the gradient of each loss at the FPN."""
 
 from collections import Counter
-from typing import Any, Dict, List, Mapping
+from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Tuple
 
 from detectron2.utils.events import EventStorage
+from fvcore.nn import parameter_count
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from ..contract import level_channels, level_strides
+from ..contract import Dense, channel_order, level_channels, level_strides
 from ..errors import D2kdError
-from .gradients import GRADIENT, warnings
+from .gradients import gradient_ratios, weight_warnings
+
+if TYPE_CHECKING:
+    from ..meta_arch import DistillMetaArch
 
 
-def dry_run(model: Any, batch: List[Dict[str, Any]]) -> str:
-    """Runs one batch through a student and its teacher and describes what happens; trains nothing.
+def dry_run(model: nn.Module, batch: List[Dict[str, Any]]) -> str:
+    """Runs one batch through a student and its teacher and describes what happens, without training.
 
     Args:
         model: a :class:`DistillMetaArch` with methods, in training mode.
-        batch: images with annotations, as :class:`DatasetMapper` gives them.
+        batch: images with annotations, as :class:`DatasetMapper` returns them.
 
     Returns:
-        The wiring, what each method reads, and every loss with its gradient, then warnings, if any.
+        Tables of the detectors, of the methods, and of all losses with their gradients, then warnings, if any.
 
     Raises:
-        D2kdError: it has no methods.
+        D2kdError: the model has no methods.
     """
     if not getattr(model, "methods", ()):
         raise D2kdError("--dry-run shows what methods do, but the config has none: set MODEL.DISTILL.METHODS")
-    period, model.gradient_period = model.gradient_period, 1
-    try:
-        with EventStorage() as storage:
-            losses = model(batch)
-    finally:
-        model.gradient_period = period
-    logged = storage.latest()
-    ratios = {key[len(GRADIENT) :]: value for key, (value, _) in logged.items() if key.startswith(GRADIENT)}
-    said = [f"warning: {text}" for text in warnings(ratios, list(model.distill))]
-    return "\n\n".join([wiring(model), readings(model), loss_table(losses, ratios), *said])
+    student: DistillMetaArch = model  # type: ignore[assignment]
+    with EventStorage():
+        observation = student.observe(batch)
+        losses = student.losses_of(observation)
+    names = list(student.distill)
+    ratios = gradient_ratios(losses, names, observation.student.features)
+    warnings = [f"warning: {text}" for text in weight_warnings(ratios, names)]
+    return "\n\n".join([detector_tables(student), method_table(student), loss_table(losses, ratios), *warnings])
 
 
-def wiring(model: Any) -> str:
-    """Tables of what student and teacher have, level by level and as a whole.
-
-    Args:
-        model: a :class:`DistillMetaArch` with a teacher.
-    """
-    both = (model, model.teacher.detector)
-    names, strides, channels, anchors = (
-        zip(*(of(detector) for detector in both))
-        for of in (
-            lambda d: d.head_in_features,
-            level_strides,
-            level_channels,
-            lambda d: d.anchor_generator.num_anchors,
-        )
-    )
-    levels = [[" / ".join(map(str, pair)) for pair in level] for level in zip(names, strides, channels, anchors)]
-    whole = [
+def detector_tables(model: "DistillMetaArch") -> str:
+    """Tables of student and teacher, as a whole and level by level."""
+    assert model.teacher is not None
+    both = (model, model.teacher.architecture)
+    whole: List[List[Any]] = [
         ["detector", *(type(detector).__name__ for detector in both)],
-        ["parameters", *(f"{parameters(detector) / 1e6:.2f} M" for detector in both)],
+        ["parameters", *(f"{num_parameters(network) / 1e6:.2f} M" for network in (model, model.teacher.network))],
         ["classes", *(detector.num_classes for detector in both)],
-        ["channel order", getattr(model, "input_format", "BGR"), model.teacher.input_format],
+        ["channel order", channel_order(model), model.teacher.input_format],
     ]
+    columns: List[Tuple[Any, Any]] = [
+        (own, theirs)
+        for own, theirs in zip(*([d.head_in_features, level_strides(d), level_channels(d), _anchors(d)] for d in both))
+    ]
+    levels = [[f"{own} / {theirs}" for own, theirs in level] for level in zip(*(zip(*column) for column in columns))]
     headers = ["level (student / teacher)", "stride", "channels", "anchors per place"]
     return "\n\n".join(
         [
@@ -71,19 +65,24 @@ def wiring(model: Any) -> str:
     )
 
 
-def parameters(detector: nn.Module) -> int:
-    """Number of a detector's parameters, without the methods' adapters."""
-    return sum(value.numel() for name, value in detector.named_parameters() if not name.startswith("distill."))
+def _anchors(detector: Dense) -> List[int]:
+    return detector.anchor_generator.num_anchors
 
 
-def readings(model: Any) -> str:
-    """A table of what each method reads and which adapters it has."""
+def num_parameters(network: nn.Module) -> int:
+    """Number of a detector's parameters, without the adapters of methods."""
+    counts = parameter_count(network)
+    return counts[""] - counts.get("distill", 0)
+
+
+def method_table(model: "DistillMetaArch") -> str:
+    """A table of what each method reads and of its adapters."""
     rows = []
     maps = ", ".join(own if own == theirs else f"{own} : {theirs}" for own, theirs in model.paths) or "FPN features"
     for method in model.methods:
         reads = "predictions" if method.reads_head else maps
         cuts = ", ".join(f"cut {cut.convs}{' before activation' if cut.pre_activation else ''}" for cut in method.cuts)
-        trained = sum(p.numel() for p in method.parameters())
+        trained = parameter_count(method)[""]
         kinds = Counter(type(m).__name__ for m in method.modules() if m._parameters)
         adapters = (
             f"{trained} parameters: {', '.join(f'{n} {kind}' for kind, n in kinds.items())}" if trained else "none"
@@ -93,6 +92,6 @@ def readings(model: Any) -> str:
 
 
 def loss_table(losses: Mapping[str, Tensor], ratios: Mapping[str, float]) -> str:
-    """A table of each loss and of its gradient relative to the student's own losses."""
+    """A table of each loss and its gradient relative to that of the student's own losses."""
     rows = [[key, f"{value.item():.4g}", f"{ratios[key]:.3g}"] for key, value in losses.items()]
     return tabulate(rows, headers=["loss", "value", "gradient at the FPN"], tablefmt="simple", disable_numparse=True)

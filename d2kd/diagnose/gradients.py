@@ -1,28 +1,28 @@
-"""How strongly each loss pulls at the FPN, and whose weight is far off."""
+"""The gradient of each loss at the FPN, which shows weights that are far too large or too small."""
 
-from typing import Any, Dict, List, Mapping, Sequence
+from typing import Dict, List, Mapping, Optional, Sequence
 
 import torch
 from torch import Tensor
 
 from ..heads import Features
 
-# A method's gradient at the FPN beyond these multiples of the detection losses' is worth a warning.
+# Warn about a method whose gradient at the FPN is above or below these multiples of the detection losses' gradient.
 TOO_STRONG, TOO_WEAK = 10.0, 0.01
-GRADIENT = "gradient/"  # prefix of the logged numbers
+GRADIENT = "gradient/"  # prefix of logged ratios
 
 
 def gradient_ratios(losses: Mapping[str, Tensor], methods: Sequence[str], features: Features) -> Dict[str, float]:
-    """How strongly each loss pulls at the FPN, relative to the student's own losses together.
+    """Gradient of each loss at the FPN, relative to that of the sum of the student's own losses.
 
     Args:
-        losses: of one forward; the graph is kept.
-        methods: names in lower case; losses named ``loss_<method>_...`` are theirs, the others the student's own.
+        losses: losses of one forward; their graph is kept.
+        methods: names in lower case; losses called ``loss_<method>_...`` are theirs, the others the student's own.
         features: the student's FPN features, per level.
 
     Returns:
-        For each loss, and for each method's losses together, the norm of the gradient over all levels, divided by that
-        of the sum of the student's own losses.
+        The norm over all levels, divided by that of the student's own losses, for each loss and for the sum of each
+        method's losses.
     """
     own = [value for key, value in losses.items() if method_of(key, methods) is None]
     groups = dict(losses)
@@ -34,7 +34,7 @@ def gradient_ratios(losses: Mapping[str, Tensor], methods: Sequence[str], featur
 
 
 def gradient_norm(loss: Tensor, features: Features) -> float:
-    """Norm of a loss's gradient over all levels; 0 where there is none."""
+    """Norm of a loss's gradient over all levels; 0 if there is none."""
     if not loss.requires_grad:
         return 0.0
     grads = torch.autograd.grad(loss, features, retain_graph=True, allow_unused=True)
@@ -42,22 +42,20 @@ def gradient_norm(loss: Tensor, features: Features) -> float:
     return float(torch.stack(found).norm()) if found else 0.0
 
 
-def method_of(key: str, methods: Sequence[str]) -> Any:
-    """The method that a loss belongs to by its name; None for the student's own."""
+def method_of(key: str, methods: Sequence[str]) -> Optional[str]:
+    """The method that a loss belongs to, by its name; None for the student's own losses."""
     return next((method for method in methods if key.startswith(f"loss_{method}_")), None)
 
 
-def warnings(ratios: Mapping[str, float], methods: Sequence[str]) -> List[str]:
-    """What to say of methods that pull far more or far less than the student's own losses."""
+def weight_warnings(ratios: Mapping[str, float], methods: Sequence[str]) -> List[str]:
+    """Warnings about methods whose gradient is far larger or far smaller than that of the student's own losses."""
     found = []
     for method in methods:
-        pull = f"{method} pulls {ratios[method]:.3g} times as strongly at the FPN as the detection losses"
+        gradient = f"the gradient of {method} at the FPN is {ratios[method]:.3g} times that of the detection losses"
         if ratios[method] > TOO_STRONG:
-            found.append(f"{pull}; lower its weight")
+            found.append(f"{gradient}; lower its weight")
         elif ratios[method] == 0:
-            found.append(
-                f"{method} does not reach the FPN: its weight, its modules or this batch leave it nothing to do"
-            )
+            found.append(f"{method} does not reach the FPN: check its weight and its modules, or try another batch")
         elif ratios[method] < TOO_WEAK:
-            found.append(f"{pull}; raise its weight")
+            found.append(f"{gradient}; raise its weight")
     return found

@@ -1,8 +1,8 @@
-"""Before the first iteration: does the teacher see what it should, through the very path distillation uses?
+"""The pre-flight: checks before the first iteration that the teacher sees what it should.
 
-It reads a few training images as configured, and in other ways: with shuffled weights, in the other channel order, with
-other pixel statistics, with its classes in another order. A sound teacher is clearly better than its shuffled self, and
-no other way is clearly better than the configured one; if one is, it names what is wrong.
+It runs the teacher on a few training images as configured, and in other ways: with shuffled weights, in the other
+channel order, with other pixel statistics, with its classes in another order. A sound teacher is clearly better than
+with shuffled weights, and no other way is clearly better than the configured one; if one is, it shows what is wrong.
 """
 
 import logging
@@ -12,21 +12,23 @@ from detectron2.utils import comm
 from tabulate import tabulate
 from torch import Tensor, nn
 
+from ..contract import channel_order
 from ..data.loader import SeededDataset
 from ..errors import D2kdError
 from ..meta_arch import DistillMetaArch
 from ..teacher import Teacher
-from .dry_run import parameters
+from .dry_run import num_parameters
 from .sample import Sample, average_precision, draw
 from .variants import Variant, class_variants, pixel_variants, shuffled
 
-# A loss is clearly lower than another if its mean is below this share of the other's, and most images agree.
+# A loss is clearly lower than another if its mean is below this fraction of the other's, and most images agree.
 # Measured on small teachers of three kinds, good and poor ones, on their own and on other data: with other pixels or
-# classes the loss is 0.98 (hardly trained) to 44 times the configured one or, if that mends a mistake, 0.7 times and
-# less; a trained teacher's loss is 0.05 to 0.92 times that with all weights shuffled, a random network's 0.96 and more.
+# classes the loss is 0.98 (hardly trained) to 44 times the configured one, or at most 0.7 times if that fixes a
+# mistake. A trained teacher's loss is 0.05 to 0.92 times that with all weights shuffled, a random network's at least
+# 0.96 times.
 CLEARLY_LOWER = 0.95
-MOST_IMAGES = 0.8  # of those on which the two differ at all
-# Percent. Networks with random weights stay far below it.
+MOST_IMAGES = 0.8  # of those on which the two differ
+# In percent. Networks with random weights stay far below.
 WEAK_AP50 = 10.0
 PARTS = {"": "all weights", "backbone.": "the backbone's weights"}  # a random head already shows by the first
 SKIP = "MODEL.DISTILL.PREFLIGHT 0 (LazyConfig: train.preflight=0) skips this check"
@@ -35,19 +37,22 @@ _LOG = logging.getLogger(__name__)
 
 
 def check_teacher(model: nn.Module, loader: Any, num_images: int) -> None:
-    """Checks a student's teacher on rank 0 and logs what it sees; the other ranks wait and learn the verdict.
+    """Loads a student's teacher if necessary, and checks it on rank 0, which logs a report; the other ranks wait.
 
     Training is the same with and without this check.
 
     Args:
-        model: the student, not wrapped. Without methods there is nothing to check.
+        model: the student, not wrapped. Other models are not checked.
         loader: d2kd's training loader.
-        num_images: how many images to look at, spread evenly over the training set; 0 skips the check.
+        num_images: number of images to use, spread evenly over the training set; 0 only loads the teacher.
 
     Raises:
-        D2kdError: the teacher is clearly broken. Names the cause; on all ranks.
+        D2kdError: on all ranks: the teacher cannot be loaded or is clearly broken; names the cause.
     """
-    if not (num_images and isinstance(model, DistillMetaArch) and model.methods):
+    if not isinstance(model, DistillMetaArch):
+        return
+    model.prepare_teacher()
+    if not (num_images and model.methods):
         return
     verdict = ""
     if comm.is_main_process():
@@ -61,7 +66,7 @@ def check_teacher(model: nn.Module, loader: Any, num_images: int) -> None:
 
 
 def examine(model: DistillMetaArch, dataset: Any, num_images: int) -> None:
-    """Describes and judges a student's teacher; see :func:`check_teacher`."""
+    """Reports on and judges a student's teacher; see :func:`check_teacher`."""
     assert model.teacher is not None
     own, theirs = shared_classes(model, model.teacher)
     if not own or not isinstance(dataset, SeededDataset):
@@ -69,7 +74,7 @@ def examine(model: DistillMetaArch, dataset: Any, num_images: int) -> None:
         reason = "the data loader is not d2kd's" if own else "it has other classes than the student"
         _LOG.warning("Whether the teacher detects anything was not checked: %s.", reason)
         return
-    sample = Sample(draw(dataset, num_images, own), getattr(model, "input_format", "BGR"), own, theirs)
+    sample = Sample(draw(dataset, num_images, own), channel_order(model), own, theirs)
     precision = average_precision(sample, model.teacher)
     best, losses = look(sample, model.teacher)
     numbers = {"AP, AP50": "{:.1f}, {:.1f}".format(*precision), "detection loss": ""}
@@ -78,15 +83,15 @@ def examine(model: DistillMetaArch, dataset: Any, num_images: int) -> None:
     is_weak = precision[1] < WEAK_AP50
     judge(best, losses, is_weak, class_is_read=any(method.reads_head for method in model.methods))
     if is_weak:
-        _LOG.warning("The teacher is weak: AP50 %.1f on these images; a student will hardly profit.", precision[1])
+        _LOG.warning("The teacher is weak: AP50 %.1f on these images; a student will hardly benefit.", precision[1])
 
 
 def look(sample: Sample, teacher: Teacher) -> Tuple[Variant, Dict[str, Tensor]]:
-    """Reads the sample in all ways.
+    """Runs the teacher on the sample in all ways.
 
     Returns:
-        The best way, which is the configured one unless another is clearly better, and the losses of each image by way:
-        first as configured, then the other ways, and last the best way with weights of each of ``PARTS`` shuffled.
+        The best way, which is the configured one unless another is clearly better, and the loss of each image by way:
+        first as configured, then in the other ways, and last in the best way with each of ``PARTS`` shuffled.
     """
     configured = Variant("as configured", "", teacher)
     others = [*pixel_variants(teacher), *class_variants(sample, teacher)]
@@ -102,10 +107,10 @@ def judge(best: Variant, losses: Dict[str, Tensor], is_weak: bool, class_is_read
     """Raises D2kdError with the cause if the teacher is clearly broken.
 
     Args:
-        best: see :func:`look`.
-        losses: likewise.
-        is_weak: its AP50 is no more than a random network's may be.
-        class_is_read: whether a method reads class predictions; else wrong classes are worth a warning only.
+        best: from :func:`look`.
+        losses: from :func:`look`.
+        is_weak: whether its AP50 may be that of a random network.
+        class_is_read: whether a method reads class predictions; otherwise wrong classes are only a warning.
     """
     configured, found = next(iter(losses.values())), losses[best.label]
     if not found.isfinite().all():
@@ -132,24 +137,26 @@ def clearly_lower(losses: Tensor, others: Tensor) -> bool:
 
 
 def shared_classes(model: DistillMetaArch, teacher: Teacher) -> Tuple[List[int], List[int]]:
-    """Classes that the student and its teacher share, as each counts them; none where their numbers differ."""
-    if model._classes is not None:
-        return model._classes
+    """Indices of the shared classes in student and teacher; none if their numbers of classes differ."""
+    if model.shared_classes is not None:
+        return model.shared_classes
     same = range(model.num_classes if model.num_classes == teacher.detector.num_classes else 0)
     return list(same), list(same)
 
 
 def description(teacher: Teacher) -> Dict[str, str]:
-    """What there is to say of a teacher before it reads anything."""
+    """Facts about a teacher that need no images."""
     detector = teacher.detector
-    trainable = sum(parameter.requires_grad for parameter in detector.parameters())
+    trainable = sum(parameter.requires_grad for _, parameter in detector.named_parameters())
     tensors = sum(not name.endswith("num_batches_tracked") for name in detector.state_dict())
     mean, std = ([round(x, 3) for x in v.flatten().tolist()] for v in (detector.pixel_mean, detector.pixel_std))
     return {
         "detector": f"{type(detector).__name__}, {detector.num_classes} classes",
-        "weights": f"{teacher.weights}: all {tensors} tensors matched, none missing" if teacher.weights else "by code",
+        "weights": f"{teacher.weights}: all {tensors} tensors matched, none missing"
+        if teacher.weights
+        else "set in Python",
         "mode": "training" if any(module.training for module in detector.modules()) else "evaluation",
-        "parameters": f"{parameters(detector) / 1e6:.2f} M, {trainable or 'no'} tensors trainable",
+        "parameters": f"{num_parameters(teacher.network) / 1e6:.2f} M, {trainable or 'no'} tensors trainable",
         "input": f"{teacher.input_format}, pixel mean {mean}, std {std}",
     }
 

@@ -1,9 +1,9 @@
-"""What a teacher says of a few training images: losses that compare between detectors, and AP."""
+"""A teacher on a few training images: losses that are comparable between detectors, and AP."""
 
 import contextlib
 import io
 from itertools import islice
-from typing import Any, Dict, List, MutableMapping, NamedTuple, Sequence, Tuple
+from typing import Any, Dict, List, MutableMapping, NamedTuple, Sequence, Tuple, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -14,6 +14,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
+from ..contract import DenseStudent
 from ..data.loader import SeededDataset
 from ..dense import preprocess
 from ..errors import D2kdError
@@ -21,8 +22,8 @@ from ..losses import giou_loss
 from ..teacher import Teacher
 
 
-class Reading(NamedTuple):
-    """What a teacher says of one image. S classes, P positive anchors.
+class ImageResult(NamedTuple):
+    """What a teacher predicts for one image. S classes, P positive anchors.
 
     Attributes:
         background: class loss of each class if every anchor were background, (S,).
@@ -39,12 +40,12 @@ class Reading(NamedTuple):
     def loss(self) -> Tensor:
         """Detection loss of the image, (): focal loss per positive anchor plus GIoU loss.
 
-        The same for all detectors; their own losses keep running means and wait for other workers.
+        It is the same for all detectors. Their own losses keep running means and synchronize workers.
         """
         return self.loss_with(self.logits)
 
     def loss_with(self, logits: Tensor) -> Tensor:
-        """The same with other logits (P, S) at the positive anchors."""
+        """The loss with other logits (P, S) at the positive anchors."""
         one_hot = F.one_hot(self.labels, logits.shape[1])
         positive = focal_loss(logits, one_hot) - focal_loss(self.logits, torch.zeros_like(one_hot))
         class_loss = (self.background.sum() + positive.sum()) / max(len(self.labels), 1)
@@ -52,13 +53,13 @@ class Reading(NamedTuple):
 
 
 class Sample:
-    """Images to read, with ground truth.
+    """Images with ground truth.
 
     Args:
-        images: as the training loader gives them, but with classes that count among the shared ones, 0..S-1.
+        images: as the training loader returns them, but with classes numbered among the shared ones, 0..S-1.
         input_format: their channel order.
-        own: the shared classes as the student counts them.
-        theirs: the same as the teacher counts them.
+        own: the student's indices of the shared classes.
+        theirs: the teacher's indices of the shared classes.
     """
 
     def __init__(
@@ -67,24 +68,24 @@ class Sample:
         self.images = images
         self.input_format = input_format
         self.own, self.theirs = list(own), list(theirs)
-        self._readings: MutableMapping[Teacher, List[Reading]] = WeakKeyDictionary()
+        self._results: MutableMapping[Teacher, List[ImageResult]] = WeakKeyDictionary()
 
-    def readings(self, teacher: Teacher) -> List[Reading]:
-        """What a teacher says of each image."""
-        if teacher not in self._readings:
-            self._readings[teacher] = [self._read(teacher, image) for image in self.images]
-        return self._readings[teacher]
+    def results(self, teacher: Teacher) -> List[ImageResult]:
+        """What a teacher predicts for each image."""
+        if teacher not in self._results:
+            self._results[teacher] = [self._result(teacher, image) for image in self.images]
+        return self._results[teacher]
 
-    # One image at a time: the loss of each counts, and memory is that of one.
-    def _read(self, teacher: Teacher, image: Dict[str, Any]) -> Reading:
-        outputs, detector = teacher([image], self.input_format), teacher.detector
+    # One image at a time, for the loss of each, and to save memory.
+    def _result(self, teacher: Teacher, image: Dict[str, Any]) -> ImageResult:
+        outputs, detector = teacher([image], self.input_format), cast(DenseStudent, teacher.detector)
         instances = image["instances"].to(detector.device)
         labels, boxes = (found[0] for found in detector.label_anchors(outputs.anchors_per_level, [instances]))
         positive = (labels >= 0) & (labels < detector.num_classes)
         logits = outputs.logits[0][:, self.theirs]
         valid = logits[labels >= 0]
         box_losses = giou_loss(outputs.boxes[0][positive], boxes[positive])
-        return Reading(
+        return ImageResult(
             background=focal_loss(valid, torch.zeros_like(valid)).sum(0).cpu(),
             logits=logits[positive].cpu(),
             labels=labels[positive].cpu(),
@@ -96,23 +97,23 @@ class Sample:
         """Detections of the shared classes in each image."""
         found = []
         for image in self.images:
-            outputs = teacher([image], self.input_format)
-            images = preprocess(teacher.detector, [image])  # read for its size only
-            (instances,) = teacher.detector.forward_inference(images, outputs.features, outputs.predictions)
+            outputs, detector = teacher([image], self.input_format), cast(Any, teacher.detector)
+            images = preprocess(detector, [image])  # only its size matters
+            (instances,) = detector.forward_inference(images, outputs.features, outputs.predictions)
             found.append(renumbered(instances.to("cpu"), "pred_classes", self.theirs))
         return found
 
 
 def draw(dataset: SeededDataset, num_images: int, classes: Sequence[int]) -> List[Dict[str, Any]]:
-    """Draws images that show some of the classes, evenly spaced and always the same.
+    """Draws images that show some of the classes: evenly spaced, and always the same.
 
     Args:
-        dataset: of the training loader.
-        num_images: at most so many.
-        classes: what counts; in the result they are numbered from 0.
+        dataset: the training loader's data set.
+        num_images: number of images to draw, if there are that many.
+        classes: indices of the classes; in the result they are numbered from 0.
 
     Raises:
-        D2kdError: no such image is among the first that were looked at.
+        D2kdError: none of the images that were tried shows one of the classes.
     """
     size = len(dataset.dataset)
     step = max(size // num_images, 1)
@@ -126,22 +127,22 @@ def draw(dataset: SeededDataset, num_images: int, classes: Sequence[int]) -> Lis
 
 
 def renumbered(instances: Instances, field: str, classes: Sequence[int]) -> Instances:
-    """The instances of some classes alone, numbered from 0 in the order of ``classes``."""
+    """Keeps the instances of some classes, and numbers these from 0 in the order of ``classes``."""
     known = instances.get(field)
     new = torch.full((max([*known.tolist(), *classes]) + 1,), -1)
     new[list(classes)] = torch.arange(len(classes))
-    kept = instances[new[known] >= 0]
+    kept = instances[cast(Any, new[known] >= 0)]
     kept.set(field, new[kept.get(field)])
     return kept
 
 
 def focal_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Focal loss (arXiv 1708.02002) of each number with its authors' alpha and gamma."""
+    """Elementwise focal loss (arXiv 1708.02002) with the published alpha and gamma."""
     return sigmoid_focal_loss(logits.float(), targets.float(), alpha=0.25, gamma=2.0)
 
 
 def average_precision(sample: Sample, teacher: Teacher) -> Tuple[float, float]:
-    """COCO's AP and AP50 of the teacher on the sample, in percent."""
+    """COCO AP and AP50 of the teacher on the sample, in percent."""
     truths = [renumbered(image["instances"], "gt_classes", range(len(sample.own))) for image in sample.images]
     annotations = [a for i, x in enumerate(truths) for a in coco_entries(i, x.gt_boxes.tensor, x.gt_classes)]
     found = [(i, x) for i, x in enumerate(sample.detections(teacher))]
@@ -168,7 +169,7 @@ def average_precision(sample: Sample, teacher: Teacher) -> Tuple[float, float]:
 
 
 def coco_entries(image_id: int, boxes: Tensor, classes: Tensor) -> List[Dict[str, Any]]:
-    """Boxes (M, 4) XYXY of one image in COCO's format."""
+    """Boxes (M, 4) XYXY of one image in COCO format."""
     sizes = boxes[:, 2:] - boxes[:, :2]
     return [
         {"image_id": image_id, "category_id": k, "bbox": [*corner, *size], "area": size[0] * size[1]}

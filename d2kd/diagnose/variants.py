@@ -1,4 +1,4 @@
-"""Other ways of reading images with a teacher: if one of them is clearly better, it names what is wrong."""
+"""Other ways to use a teacher: if one of them is clearly better than the configured one, it shows what is wrong."""
 
 import copy
 from typing import Callable, List, NamedTuple, Sequence
@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from ..teacher import Teacher
-from .sample import Reading, Sample, focal_loss
+from .sample import ImageResult, Sample, focal_loss
 
-# Mean and deviation of pixels, BGR, that detectors are commonly trained with.
+# Common means and deviations of pixels, BGR.
 IMAGENET_MEAN = (103.53, 116.28, 123.675)
 PIXEL_STATISTICS = (
     (IMAGENET_MEAN, (1.0, 1.0, 1.0)),  # detectron2's zoo
@@ -21,25 +21,25 @@ WHERE = "in the teacher's own config or by MODEL.DISTILL.TEACHER.OPTS (LazyConfi
 
 
 class Variant(NamedTuple):
-    """A way of reading images with a teacher.
+    """A way to use a teacher.
 
     Attributes:
         label: its name in the report.
-        diagnosis: what is wrong, and the mend, if this way is clearly better than the configured one.
-        teacher: reads the images.
-        loss: judges its readings.
-        of_classes: it concerns the classes alone.
+        diagnosis: what is wrong, and the fix, if this way is clearly better than the configured one.
+        teacher: the teacher as used in this way.
+        loss: computes the loss of an image from the teacher's result.
+        of_classes: whether it concerns only the classes.
     """
 
     label: str
     diagnosis: str
     teacher: Teacher
-    loss: Callable[[Reading], Tensor] = Reading.loss
+    loss: Callable[[ImageResult], Tensor] = ImageResult.loss
     of_classes: bool = False
 
     def losses(self, sample: Sample) -> Tensor:
         """Loss of each image, (N,)."""
-        return torch.stack([self.loss(reading) for reading in sample.readings(self.teacher)])
+        return torch.stack([self.loss(result) for result in sample.results(self.teacher)])
 
 
 def pixel_variants(teacher: Teacher) -> List[Variant]:
@@ -61,17 +61,19 @@ def pixel_variants(teacher: Teacher) -> List[Variant]:
 
 
 def with_pixels(teacher: Teacher, input_format: str, mean: Sequence[float], std: Sequence[float]) -> Teacher:
-    """The same teacher, its weights shared, with another channel order and other pixel statistics."""
-    detector = copy.copy(teacher.detector)
-    detector._buffers = dict(detector._buffers)  # otherwise the teacher's own would change
+    """The same teacher with another channel order and other pixel statistics; it shares the weights."""
+    teacher.prepare()
+    detector = copy.copy(teacher.network)
+    detector._buffers = dict(detector._buffers)  # do not change the teacher's own
     for name, values in (("pixel_mean", mean), ("pixel_std", std)):
-        detector._buffers[name] = detector.pixel_mean.new_tensor(values).view(-1, 1, 1)
+        detector._buffers[name] = teacher.detector.pixel_mean.new_tensor(values).view(-1, 1, 1)
     return Teacher(detector, input_format)
 
 
 def shuffled(teacher: Teacher, part: str) -> Teacher:
-    """A copy of the teacher, the numbers within each parameter of a part shuffled; ``part`` starts their names."""
-    detector = copy.deepcopy(teacher.detector)
+    """A copy of the teacher with the values inside each parameter shuffled, if its name starts with ``part``."""
+    teacher.prepare()
+    detector = copy.deepcopy(teacher.network)
     generator = torch.Generator().manual_seed(0)
     for name, parameter in detector.named_parameters():
         if name.startswith(part):
@@ -81,16 +83,16 @@ def shuffled(teacher: Teacher, part: str) -> Teacher:
 
 
 def class_variants(sample: Sample, teacher: Teacher) -> List[Variant]:
-    """The teacher with its classes in the order that fits best, and without any knowledge of classes."""
-    readings = sample.readings(teacher)
-    order = best_class_order(readings)
-    shares = class_shares(readings)
-    # Of classes that the sample does not show nothing is known.
+    """The teacher with its classes in the order that fits best, and with classes guessed by their frequency."""
+    results = sample.results(teacher)
+    order = best_class_order(results)
+    shares = class_shares(results)
+    # Leave out classes that the sample does not show.
     pairs = tuple((sample.own[i], sample.theirs[k]) for i, k in enumerate(order) if shares[i] > 0)
 
-    def by_share(reading: Reading) -> Tensor:
-        objectness = reading.logits.sigmoid().amax(1, keepdim=True)
-        return reading.loss_with(torch.logit(objectness * shares, eps=1e-6))
+    def by_share(result: ImageResult) -> Tensor:
+        objectness = result.logits.sigmoid().amax(1, keepdim=True)
+        return result.loss_with(torch.logit(objectness * shares, eps=1e-6))
 
     permuted = (
         "the teacher counts its classes in another order than the student: set MODEL.DISTILL.CLASS_MAP (LazyConfig: "
@@ -106,19 +108,19 @@ def class_variants(sample: Sample, teacher: Teacher) -> List[Variant]:
     ]
 
 
-def best_class_order(readings: Sequence[Reading]) -> List[int]:
-    """Which of the teacher's outputs to take for each class so that the loss is lowest, (S,).
+def best_class_order(results: Sequence[ImageResult]) -> List[int]:
+    """For each class, the output of the teacher to use for the lowest loss, (S,).
 
-    Starts from the order as it is and exchanges two as long as that helps.
+    Starts from the present order and swaps two classes as long as that helps.
     """
-    logits, labels = (torch.cat([getattr(r, name) for r in readings]) for name in ("logits", "labels"))
+    logits, labels = (torch.cat([getattr(r, name) for r in results]) for name in ("logits", "labels"))
     size = logits.shape[1]
     of_output = focal_loss(logits, torch.ones_like(logits)) - focal_loss(logits, torch.zeros_like(logits))
     cost = torch.zeros(size, size).index_add_(0, labels, of_output)  # [class, output]
     order = torch.arange(size)
     for _ in range(size):
         now = cost[:, order]
-        change = now + now.T - now.diagonal() - now.diagonal()[:, None]  # of exchanging the outputs of two classes
+        change = now + now.T - now.diagonal() - now.diagonal()[:, None]  # from swapping two classes
         if not change.min() < -1e-6:
             break
         one, two = divmod(int(change.argmin()), size)
@@ -126,7 +128,7 @@ def best_class_order(readings: Sequence[Reading]) -> List[int]:
     return order.tolist()
 
 
-def class_shares(readings: Sequence[Reading]) -> Tensor:
+def class_shares(results: Sequence[ImageResult]) -> Tensor:
     """Share of each class in the positive anchors, (S,)."""
-    counts = torch.bincount(torch.cat([r.labels for r in readings]), minlength=readings[0].logits.shape[1])
+    counts = torch.bincount(torch.cat([r.labels for r in results]), minlength=results[0].logits.shape[1])
     return counts / counts.sum().clamp(min=1)

@@ -1,4 +1,4 @@
-"""What a run's folder says about it: which config, which teacher. It keeps one run from spoiling another."""
+"""The folder of a run. It records config and teacher, so that no run overwrites or mixes with another."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ from detectron2.utils.file_io import PathManager
 
 from ..checkpoint import files
 from ..checkpoint.names import some
-from ..checkpoint.run_checkpoints import checkpoints_in, told_on_failure
+from ..checkpoint.run_checkpoints import checkpoints_in, report_write_errors
 from ..errors import D2kdError
 from .recipe import Recipe
 
@@ -23,7 +23,7 @@ _MISSING = "(absent)"
 
 
 class RunFolder:
-    """The folder of a run, and what the present command wants to run in it.
+    """The folder of a run, and what the command at hand wants to run in it.
 
     Args:
         recipe: of the run.
@@ -49,14 +49,14 @@ class RunFolder:
             ) from error
 
     def check(self, resume: bool, allow_change: bool) -> None:
-        """Refuses what would spoil or mix up a run. A folder without checkpoints is free.
+        """Checks that the run does not overwrite or mix with another one. A folder without checkpoints is free.
 
         Args:
-            resume: whether the run is to go on with what is there.
-            allow_change: whether config and teacher may be others.
+            resume: whether the run continues from the checkpoints there.
+            allow_change: whether config and teacher may have changed.
 
         Raises:
-            D2kdError: there are checkpoints and ``resume`` is not set, or they are of another config or teacher.
+            D2kdError: there are checkpoints and ``resume`` is not set, or they belong to another config or teacher.
         """
         if not checkpoints_in(self.path):
             return
@@ -71,11 +71,11 @@ class RunFolder:
         self._check_teacher()
 
     def saved_seed(self) -> int:
-        """Seed of the run that is in the folder; -1 if none is known."""
+        """Seed of the run in the folder; -1 if unknown."""
         return int(_read_json(self._config_file).get(self.recipe.key("SEED"), -1))
 
     def record(self) -> None:
-        """Writes run.json (the config) and teacher.json, and clears what a killed process left half written.
+        """Writes run.json (the config) and teacher.json, and removes partial files of a killed process.
 
         Raises:
             D2kdError: the folder cannot be written.
@@ -86,7 +86,7 @@ class RunFolder:
         if self.recipe.teacher:
             content[self._teacher_file] = describe_file(self.recipe.teacher)
         for path, value in content.items():
-            with told_on_failure(path):
+            with report_write_errors(path):
                 files.write_text(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
 
     @property
@@ -111,12 +111,12 @@ class RunFolder:
         if changes:
             raise D2kdError(
                 f"{self.path} holds a run of another config: {some(changes)}; set {self.path_key} to another folder, "
-                f"or go on with the new values by {ALLOW}"
+                f"or accept the new values with {ALLOW}"
             )
 
     def _different_keys(self, saved: Dict[str, Any]) -> List[str]:
         present = self.recipe.values
-        # All YAML configs have all keys, but for those of another version of the code.
+        # Every YAML config has all keys, except those of other versions of the code.
         keys = saved.keys() | present.keys() if self.recipe.is_lazy else saved.keys() & present.keys()
         free = [*self.recipe.may_change, *([self.recipe.key("SEED")] if self.recipe.options.seed < 0 else [])]
         return sorted(
@@ -134,13 +134,13 @@ class RunFolder:
         if present["sha256"] != saved["sha256"]:
             raise D2kdError(
                 f"the teacher {present['file']} is not the one this run was started with ({saved['file']}, SHA-256 "
-                f"{saved['sha256'][:12]}..., now {present['sha256'][:12]}...): put that file back, or go on with the "
-                f"new one by {ALLOW}"
+                f"{saved['sha256'][:12]}..., now {present['sha256'][:12]}...): put that file back, or accept the "
+                f"new one with {ALLOW}"
             )
 
 
 def describe_file(path: str) -> Dict[str, str]:
-    """Path as given, local file and SHA-256 of a file of weights.
+    """Returns the path as given, the local file and its SHA-256.
 
     Raises:
         D2kdError: there is no such file.
@@ -154,8 +154,9 @@ def describe_file(path: str) -> Dict[str, str]:
 
 
 def _read_json(path: str) -> Dict[str, Any]:
-    """Content of a file; empty if it is missing or damaged."""
+    """Returns the content of a file, empty if the file is missing or damaged."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+    return content if isinstance(content, dict) else {}

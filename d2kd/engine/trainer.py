@@ -75,13 +75,13 @@ class Trainer(DefaultTrainer):
             self.start_iter = self.iter + 1
 
     def train(self) -> Dict[str, Any]:
-        """Checks the teacher if training starts from the beginning, then trains.
+        """Loads the teacher, checks it if training starts from the beginning, then trains.
 
         Returns:
             The last evaluation's results; empty if there was none.
         """
-        if self.start_iter == 0:
-            check_teacher(self.checkpointer.model, self.data_loader, self.recipe.options.preflight)
+        num_images = self.recipe.options.preflight if self.start_iter == 0 else 0
+        check_teacher(self.checkpointer.model, self.data_loader, num_images)
         with self.watch:
             TrainerBase.train(self, self.start_iter, self.max_iter)
         if self.recipe.get("TEST.EXPECTED_RESULTS") and comm.is_main_process():

@@ -1,1 +1,1 @@
-"""Series of runs, their tables and pictures."""
+"""Series of training runs, with tables and pictures of their results."""

@@ -1,25 +1,25 @@
-"""Pictures of what runs did: loss and AP over time, and detections beside the ground truth."""
+"""Pictures of training runs: loss and AP over iterations, and detections next to the ground truth."""
 
 import json
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Sequence, Tuple
 
-import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.image import imread
+from matplotlib.patches import Rectangle
 
 from ..methods import method_names
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from matplotlib.axes import Axes
-from matplotlib.patches import Rectangle
-
-COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown")
+COLORS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown")
 
 
 def read_metrics(run: Path) -> List[Dict[str, Any]]:
-    """Reads the records that detectron2 wrote into a run's ``metrics.json``, sorted by iteration.
+    """Reads the records in the ``metrics.json`` that detectron2 writes for a run, sorted by iteration.
 
-    A resumed run writes some iterations twice; the later record counts. A line cut off by an interruption is left out.
+    A resumed run writes some iterations twice; the later record is used. Incomplete lines of interrupted runs are
+    skipped.
     """
     records: Dict[int, Dict[str, Any]] = {}
     file = run / "metrics.json"
@@ -33,29 +33,29 @@ def read_metrics(run: Path) -> List[Dict[str, Any]]:
 
 
 def draw_curves(runs: Mapping[str, Path], file: Path) -> None:
-    """Draws the student's own loss and the AP of several runs over iterations.
+    """Plots the detection loss and the AP of several runs over iterations.
 
     Args:
-        runs: output folder of each run by its label.
+        runs: the output folder of each run, by label.
         file: the picture to write.
     """
-    figure, (losses, aps) = plt.subplots(1, 2, figsize=(11, 4))
-    for colour, (label, folder) in zip(COLOURS * len(runs), runs.items()):
+    figure = Figure(figsize=(11, 4))
+    losses, aps = figure.subplots(1, 2)
+    for color, (label, folder) in zip(COLORS * len(runs), runs.items()):
         records = read_metrics(folder)
         own = [(r["iteration"], detection_loss(r)) for r in records if "total_loss" in r]
         ap = [(r["iteration"] + 1, r["bbox/AP"]) for r in records if "bbox/AP" in r]
-        losses.plot(*zip(*own), color=colour, label=label)
-        aps.plot(*zip(*ap), "o-", color=colour, label=label)
+        losses.plot(*zip(*own), color=color, label=label)
+        aps.plot(*zip(*ap), "o-", color=color, label=label)
     losses.set(xlabel="iteration", ylabel="detection loss (without distillation)", yscale="log")
     aps.set(xlabel="iteration", ylabel="AP", ylim=(0, None))
     aps.legend()
     figure.tight_layout()
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
+    _save(figure, file)
 
 
 def detection_loss(record: Mapping[str, Any]) -> float:
-    """The detector's own losses in a record, added up; those of methods are left out."""
+    """Returns the sum of the detector's own losses in a record, without those of distillation methods."""
     methods = tuple(f"loss_{name.lower()}_" for name in method_names())
     return sum(value for key, value in record.items() if key.startswith("loss_") and not key.startswith(methods))
 
@@ -63,15 +63,15 @@ def detection_loss(record: Mapping[str, Any]) -> float:
 def draw_grid(
     annotations: Path, images: Path, runs: Mapping[str, Path], file: Path, num_images: int = 4, min_score: float = 0.4
 ) -> None:
-    """Draws images with ground truth and each run's detections side by side.
+    """Draws images with the ground truth and the detections of each run side by side.
 
     Args:
         annotations: COCO JSON of the test set.
         images: folder of its images.
-        runs: by label the ``coco_instances_results.json`` of each run.
+        runs: the ``coco_instances_results.json`` of each run, by label.
         file: the picture to write.
-        num_images: rows; taken evenly from the set.
-        min_score: detections below are left out.
+        num_images: number of rows; the images are evenly spaced in the set.
+        min_score: detections with lower scores are not drawn.
     """
     truth = json.loads(annotations.read_text())
     names = {c["id"]: c["name"] for c in truth["categories"]}
@@ -79,26 +79,29 @@ def draw_grid(
     for label, results in runs.items():
         columns[label] = [d for d in json.loads(results.read_text()) if d["score"] >= min_score]
     shown = truth["images"][:: max(len(truth["images"]) // num_images, 1)][:num_images]
-    figure, axes = plt.subplots(
-        len(shown), len(columns), figsize=(3 * len(columns), 2.4 * len(shown)), squeeze=False, layout="constrained"
-    )
+    figure = Figure(figsize=(3 * len(columns), 2.4 * len(shown)), layout="constrained")
+    axes = figure.subplots(len(shown), len(columns), squeeze=False)
     for row, image in zip(axes, shown):
-        pixels = plt.imread(images / image["file_name"])
+        pixels = imread(images / image["file_name"])
         for axis, (label, boxes) in zip(row, columns.items()):
             axis.imshow(pixels)
             axis.set_axis_off()
             _draw_boxes(axis, [b for b in boxes if b["image_id"] == image["id"]], sorted(names))
             if image is shown[0]:
                 axis.set_title(label)
-    handles = [Rectangle((0, 0), 1, 1, fill=False, edgecolor=c) for c in COLOURS[: len(names)]]
+    handles = [Rectangle((0, 0), 1, 1, fill=False, edgecolor=c) for c in COLORS[: len(names)]]
     figure.legend(handles, [names[i] for i in sorted(names)], loc="outside lower center", ncols=len(names))
+    _save(figure, file)
+
+
+def _save(figure: Figure, file: Path) -> None:
+    FigureCanvasAgg(figure)  # not pyplot, which keeps global state
     figure.savefig(file, dpi=110)
-    plt.close(figure)
 
 
 def _draw_boxes(axis: Axes, boxes: Sequence[Dict[str, Any]], categories: List[int]) -> None:
     for box in boxes:
         x, y, width, height = box["bbox"]
         corner: Tuple[float, float] = (x, y)
-        colour = COLOURS[categories.index(box["category_id"]) % len(COLOURS)]
-        axis.add_patch(Rectangle(corner, width, height, fill=False, edgecolor=colour, linewidth=1.2))
+        color = COLORS[categories.index(box["category_id"]) % len(COLORS)]
+        axis.add_patch(Rectangle(corner, width, height, fill=False, edgecolor=color, linewidth=1.2))

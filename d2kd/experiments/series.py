@@ -1,4 +1,4 @@
-"""Series of training runs for comparison: each through train_net.py, resumable, with progress and one table."""
+"""Series of training runs to compare: each started through train_net.py, resumable, with progress and a table."""
 
 import json
 import os
@@ -14,10 +14,10 @@ import torch
 from tabulate import tabulate
 
 from ..data import dataset_root, write_blood_cells
-from ..errors import D2kdError, exit_status
+from ..errors import EXIT_INTERRUPTED, D2kdError, exit_status
 from .pictures import read_metrics
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 DIGITS = {"s/step": 3, "training s": 0}
 
 
@@ -26,14 +26,14 @@ class Run:
     """One training run.
 
     Attributes:
-        label: the row of the table that it belongs to; runs of several seeds share it.
+        label: the table row that the run belongs to; runs with different seeds share it.
         config: path of the config, relative to the project.
-        folder: where it writes.
+        folder: output folder.
         seed: random seed.
-        iterations: its length.
-        data: data set; trained on <data>_train, evaluated on <data>_val.
-        overrides: further config keys and values.
-        threads: CPU threads it may use; 0 for all cores.
+        iterations: number of training iterations.
+        data: data set; <data>_train is used for training and <data>_val for evaluation.
+        overrides: additional config keys and values.
+        threads: number of CPU threads; 0 for all cores.
     """
 
     label: str
@@ -47,26 +47,26 @@ class Run:
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """The name of the run in messages."""
         return f"{self.label} (seed {self.seed})"
 
     @property
     def checkpoint(self) -> Path:
-        """The trained weights."""
+        """Path of the trained weights."""
         return self.folder / "model_final.pth"
 
     @property
     def done(self) -> bool:
-        """Whether it has been trained and evaluated."""
+        """Whether the run has been trained and evaluated."""
         return self.checkpoint.exists() and "bbox/AP" in (self.records or [{}])[-1]
 
     @property
     def records(self) -> List[dict]:
-        """What it logged, in order."""
+        """The metrics that the run has logged, in order."""
         return read_metrics(self.folder)
 
     def command(self) -> List[str]:
-        """The command that starts or continues it."""
+        """Returns the command that starts or resumes the run."""
         overrides = {
             "OUTPUT_DIR": self.folder,
             "SEED": self.seed,
@@ -80,34 +80,34 @@ class Run:
         return command + [str(word) for pair in overrides.items() for word in pair]
 
     def settings(self) -> Dict[str, Any]:
-        """What makes it this run and no other; written into its folder."""
+        """Returns the settings that identify the run; they are saved in its folder."""
         options = {key: str(value) for key, value in self.overrides.items()}
         return {"iterations": self.iterations, "seed": self.seed, "data": self.data, "config": self.config, **options}
 
     def check_folder(self) -> None:
-        """Raises D2kdError if its folder holds the remains of another run; otherwise marks it as this run's."""
+        """Raises D2kdError if the folder belongs to a different run; otherwise saves the settings of this one there."""
         file = self.folder / "settings.json"
         if file.exists() and json.loads(file.read_text()) != self.settings():
-            raise D2kdError(f"{self.folder} holds a run with other settings; remove it, or write elsewhere (--output)")
+            raise D2kdError(f"{self.folder} has a run with different settings; remove it or choose another --output")
         self.folder.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(self.settings()))
 
     def launch(self) -> "subprocess.Popen[bytes]":
-        """Starts it in a process of its own, whose output goes to train.log."""
+        """Starts the run in its own process, whose output goes to train.log."""
         with (self.folder / "train.log").open("a") as out:
             return subprocess.Popen(
                 self.command(), cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, env=environment(self.threads)
             )
 
     def check_ended(self, returncode: int) -> None:
-        """Raises D2kdError with the end of its log if it failed."""
+        """Raises D2kdError with the end of the log if the run failed."""
         if returncode:
             log = self.folder / "train.log"
             tail = "\n".join(log.read_text().splitlines()[-15:])
             raise D2kdError(f"{self.name} failed; the end of {log}:\n{tail}")
 
     def progress(self) -> str:
-        """Where it is, with an estimate of the time left."""
+        """Returns the progress as text, with an estimate of the remaining time."""
         records = [r for r in self.records if "total_loss" in r]
         if not records:
             return "starting"
@@ -119,17 +119,17 @@ class Run:
         return f"{done}/{self.iterations} loss {last['total_loss']:.2f} ETA {eta // 60}:{eta % 60:02d}"
 
     def step_seconds(self) -> float:
-        """Median time of a training step, which neither evaluation nor a resumption distorts."""
+        """Returns the median time of a training step, which evaluation and resuming do not distort."""
         return median(r["time"] for r in self.records if "time" in r)
 
-    def parameters(self) -> int:
-        """Number of trained parameters of the deployed detector."""
+    def num_parameters(self) -> int:
+        """Returns the number of trained parameters of the deployed detector."""
         state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)["model"]
         skipped = ("running_mean", "running_var", "num_batches_tracked")
         return sum(v.numel() for k, v in state.items() if not k.endswith(skipped) and not k.startswith("distill."))
 
     def row(self) -> Dict[str, float]:
-        """The numbers of the table."""
+        """Returns the numbers for the table."""
         last = self.records[-1]
         per_class = {k[len("bbox/") :]: v for k, v in sorted(last.items()) if k.startswith("bbox/AP-")}
         return {
@@ -142,30 +142,30 @@ class Run:
 
 
 def environment(threads: int = 0) -> Dict[str, str]:
-    """The environment of a run: by default as many threads as this process may use cores, and no spinning ones."""
+    """Returns the environment of a run, by default with one thread per available core; waiting threads sleep."""
     threads = threads or available_cores()
     return {"OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1", **os.environ, "OMP_NUM_THREADS": str(threads)}
 
 
 def available_cores() -> int:
-    """Cores that this process may use."""
+    """Returns the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run_all(
     runs: Sequence[Run], jobs: int = 1, total: int = 0, before: int = 0, after_each: Callable[[], Any] = lambda: None
 ) -> None:
-    """Runs what is not done yet, with progress on one line.
+    """Executes the runs that are not done yet, with progress on one line.
 
     Args:
-        runs: in this order.
-        jobs: how many at once; they share the cores.
-        total: number of runs that the progress counts to; by default those given.
-        before: number of runs before these.
+        runs: the runs, in this order.
+        jobs: number of runs at a time; they share the cores.
+        total: total number of runs shown in the progress; by default the number of ``runs``.
+        before: number of runs that were executed before these.
         after_each: called after each run that ends.
 
     Raises:
-        D2kdError: a run failed, or a folder holds another run.
+        D2kdError: a run failed, or a folder belongs to a different run.
     """
     total = total or len(runs)
     positions = {id(run): f"[{before + i}/{total}]" for i, run in enumerate(runs, 1)}
@@ -173,7 +173,7 @@ def run_all(
     for run in runs:
         run.check_folder()
         if run.done:
-            print(f"{positions[id(run)]} {run.name}: done before, AP {run.records[-1]['bbox/AP']:.1f}", flush=True)
+            print(f"{positions[id(run)]} {run.name}: already done, AP {run.records[-1]['bbox/AP']:.1f}", flush=True)
         else:
             waiting.append(run)
     active: Dict[int, Any] = {}
@@ -202,7 +202,7 @@ def run_all(
 
 
 def show(text: str, end: str = "") -> None:
-    """Rewrites the line on a terminal; elsewhere prints only what stays."""
+    """Replaces the current line on a terminal. Elsewhere prints only complete lines."""
     if sys.stdout.isatty():
         print(f"\r\033[K{text}", end=end, flush=True)
     elif end:
@@ -210,48 +210,51 @@ def show(text: str, end: str = "") -> None:
 
 
 def prepare_data(data: str, bccd: str) -> None:
-    """Makes a data set of the demo if it is not there.
+    """Prepares a data set of the demo if it does not exist yet.
 
     Args:
-        data: "blood_cells", drawn, or "bccd".
-        bccd: folder of the original BCCD images.
+        data: "blood_cells", which is generated, or "bccd".
+        bccd: folder with the original BCCD data set.
+
+    Raises:
+        D2kdError: BCCD is missing and its folder is not given or not usable.
     """
     folder = dataset_root() / data
     if data == "blood_cells":
-        print(f"Drawing the data set in {folder}")
+        print(f"Generating the data set in {folder}")
         write_blood_cells(folder, "train", num_images=300, seed=1)
         write_blood_cells(folder, "val", num_images=100, seed=2)
     elif not (folder / "instances_val.json").exists():
         if not bccd:
-            raise D2kdError(f"there is no data set in {folder}; name its source: make demo DATA=bccd BCCD=<folder>")
+            raise D2kdError(f"there is no data set in {folder}; set its source: make demo DATA=bccd BCCD=<folder>")
         script = ROOT / "datasets" / "prepare_bccd.py"
         if subprocess.run([sys.executable, script, bccd, "--output", folder]).returncode:
-            raise D2kdError(f"{bccd} could not be prepared")
+            raise D2kdError(f"{bccd} could not be prepared; see the error above")
 
 
 def resumable(run: Callable[[], Optional[int]]) -> int:
-    """As :func:`exit_status`; after Ctrl-C it says how to go on, with status 130."""
+    """Runs a command like :func:`exit_status`; after Ctrl-C it says how to continue and returns 130."""
     try:
         return exit_status(run)
     except KeyboardInterrupt:
         print("\nstopped; the same command continues", file=sys.stderr)
-        return 130
+        return EXIT_INTERRUPTED
 
 
 def spread(values: List[float], digits: int = 1) -> str:
-    """Mean, and with several values their sample standard deviation."""
+    """Formats the mean, and the sample standard deviation if there are several values."""
     text = f"{mean(values):.{digits}f}"
     return text if len(values) == 1 else f"{text} ± {stdev(values):.{digits}f}"
 
 
 def table(runs: Sequence[Run]) -> str:
-    """The comparison of finished runs as a Markdown table, one row per label."""
+    """Returns a Markdown table that compares finished runs, with one row per label."""
     rows = []
     for label in dict.fromkeys(run.label for run in runs):
         group = [run for run in runs if run.label == label]
         numbers = [run.row() for run in group]
         columns = {key: spread([n[key] for n in numbers], DIGITS.get(key, 1)) for key in numbers[0]}
-        params = f"{group[0].parameters() / 1e6:.2f} M"
+        params = f"{group[0].num_parameters() / 1e6:.2f} M"
         rows.append({"": label, "params": params, "iterations": group[0].iterations, **columns})
         if len(group) > 1:
             rows[-1]["AP of each seed"] = " / ".join(f"{n['AP']:.1f}" for n in numbers)

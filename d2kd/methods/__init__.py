@@ -1,6 +1,16 @@
-"""The distillation methods: one file each, registered by the import below."""
+"""Distillation methods, one file each. Importing a method registers it."""
 
-from .base import METHOD_REGISTRY, FeatureMethod, Method, build_method, method_defaults, method_names
+from .base import (
+    METHOD_REGISTRY,
+    FeatureMethod,
+    Method,
+    build_method,
+    check_method_names,
+    check_unique,
+    check_weights,
+    method_defaults,
+    method_names,
+)
 from .crosskd import CrossKD
 from .cwd import CWD
 from .fgd import FGD
@@ -25,6 +35,9 @@ __all__ = [
     "ResponseKD",
     "Schedule",
     "build_method",
+    "check_method_names",
+    "check_unique",
+    "check_weights",
     "method_defaults",
     "method_names",
 ]

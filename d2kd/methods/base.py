@@ -1,14 +1,14 @@
-"""The contract of a distillation method, its registry, and the channel statistics several methods share."""
+"""The base class of distillation methods, their registry, and channel statistics that several methods share."""
 
 from typing import Any, ClassVar, Dict, List, Sequence, Tuple
 
 import torch
 import torch.distributed.nn
-from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.utils import comm
 from fvcore.common.registry import Registry
 from torch import Tensor, nn
 
+from ..contract import Dense
 from ..dense import DenseOutputs, Targets
 from ..errors import D2kdError, nearest
 from ..heads import Cut
@@ -28,23 +28,23 @@ class Method(nn.Module):
     ``loss_<method>_<term>`` on every call and worker, already weighted, as float32 scalars.
     """
 
-    #: Whether the teacher's head must run and agree with the student's in classes and anchors.
+    #: Whether the teacher's head must run, and have the student's classes and anchors.
     reads_head: ClassVar[bool] = True
-    #: Whether maps of student and teacher may differ in size.
+    #: Whether the maps of student and teacher may differ in size.
     resizes: ClassVar[bool] = False
 
     @property
     def cuts(self) -> Sequence[Cut]:
-        """Where the towers of both heads are tapped."""
+        """Where to tap the towers of both heads."""
         return ()
 
-    def setup(self, student: DenseDetector, teacher: DenseDetector, channels: Channels) -> None:
-        """Checks that the pair fits and makes the method's own adapters. Called once, when the model is built.
+    def setup(self, student: Dense, teacher: Dense, channels: Channels) -> None:
+        """Checks that student and teacher fit, and makes the method's adapters. Called once, when the model is built.
 
         Args:
             student: the student.
-            teacher: the teacher's detector.
-            channels: of student and teacher for each of ``DenseOutputs.maps``.
+            teacher: the teacher's detector; its weights may not be loaded yet.
+            channels: channels of student and teacher for each of ``DenseOutputs.maps``.
 
         Raises:
             D2kdError: the method cannot work on this pair.
@@ -56,9 +56,9 @@ class Method(nn.Module):
 
 
 class FeatureMethod(Method):
-    """A method that compares feature maps: FPN levels, or what MODEL.DISTILL.FEATURES names.
+    """A method that compares feature maps: the FPN levels, or those in MODEL.DISTILL.FEATURES.
 
-    Where the student has other channels than the teacher, its map first passes a trainable 1x1 convolution.
+    If the number of channels differs, the student's map first passes a trainable 1x1 convolution.
     """
 
     reads_head: ClassVar[bool] = False
@@ -67,19 +67,19 @@ class FeatureMethod(Method):
         super().__init__()
         self.adapters = nn.ModuleList()
 
-    def setup(self, student: DenseDetector, teacher: DenseDetector, channels: Channels) -> None:
+    def setup(self, student: Dense, teacher: Dense, channels: Channels) -> None:
         self.adapters = nn.ModuleList(
             nn.Identity() if own == theirs else nn.Conv2d(own, theirs, kernel_size=1) for own, theirs in channels
         )
 
     def pairs(self, student: DenseOutputs, teacher: DenseOutputs) -> List[Tuple[Tensor, Tensor]]:
-        """Each map of the student, adapted, and of the teacher: (N, C, H, W) float32, of the teacher's channels."""
+        """Pairs of the student's adapted map and the teacher's map, both (N, C, H, W) float32."""
         adapted = [adapter(level) for adapter, level in zip(self.adapters, student.maps)]
         return [(own.float(), theirs.float()) for own, theirs in zip(adapted, teacher.maps)]
 
 
 def method_defaults(name: str) -> Dict[str, Any]:
-    """Returns the keyword arguments of a registered method with their defaults: the one place where they stand."""
+    """Returns the keyword arguments of a registered method with their defaults, from its signature."""
     return defaults(METHOD_REGISTRY.get(name), Method)
 
 
@@ -88,11 +88,29 @@ def method_names() -> Sequence[str]:
     return [name for name, _ in METHOD_REGISTRY]
 
 
+def check_method_names(names: Sequence[str]) -> None:
+    """Raises D2kdError if a name of MODEL.DISTILL.METHODS is unknown or appears twice; suggests the nearest."""
+    known = method_names()
+    for name in names:
+        if name not in known:
+            raise D2kdError(
+                f"MODEL.DISTILL.METHODS names {name!r}, which is none of {', '.join(known)}{nearest(str(name), known)}"
+            )
+    check_unique(names)
+
+
+def check_unique(names: Sequence[str]) -> None:
+    """Raises D2kdError if a method appears twice."""
+    twice = [name for name in names if list(names).count(name) > 1]
+    if twice:
+        raise D2kdError(f"the method {twice[0]} is named twice in MODEL.DISTILL.METHODS; keep one and set its weight")
+
+
 def build_method(name: str, **options: Any) -> Method:
     """Builds a method by name.
 
     Raises:
-        D2kdError: unknown name or option; names the nearest.
+        D2kdError: the name or an option is unknown (suggests the nearest), or a weight is negative.
     """
     if name not in METHOD_REGISTRY:
         known = method_names()
@@ -104,14 +122,24 @@ def build_method(name: str, **options: Any) -> Method:
     return METHOD_REGISTRY.get(name)(**options)
 
 
+def check_weights(method: Method) -> None:
+    """Raises D2kdError if one of a method's weights is negative or not a number."""
+    name = type(method).__name__
+    for option in defaults(type(method), Method):
+        value = getattr(method, option, 0.0)
+        is_weight = option == "weight" or option.endswith("_weight")
+        if is_weight and not (isinstance(value, (int, float)) and value >= 0):
+            raise D2kdError(f"{name}'s {option} is {value}; set it to 0 or more")
+
+
 def channel_statistics(feature: Tensor, sync: bool = False) -> Tuple[Tensor, Tensor]:
     """Mean and unbiased standard deviation of each channel over N, H and W.
 
-    Where N*H*W is 1, the unbiased deviation is undefined (NaN); it is taken as 0.
+    If N*H*W is 1, the unbiased deviation is undefined (NaN) and counts as 0.
 
     Args:
         feature: (N, C, H, W).
-        sync: over the images of all workers instead of this worker's own; gradients flow across workers.
+        sync: whether to use the images of all workers instead of this worker's own; gradients flow across workers.
 
     Returns:
         Mean and deviation, each (1, C, 1, 1), float32, with gradient.
@@ -130,5 +158,5 @@ def _synced_statistics(feature: Tensor) -> Tuple[Tensor, Tensor]:
     count = all_reduce(feature.new_tensor(feature.numel() / channels))
     mean = all_reduce(feature.sum((0, 2, 3), keepdim=True)) / count
     var = all_reduce((feature - mean).square().sum((0, 2, 3), keepdim=True)) / (count - 1).clamp(min=1)
-    # sqrt has an infinite slope at 0; clamped there, its gradient is 0 as in std_mean.
+    # The slope of sqrt at 0 is infinite; clamping makes the gradient 0 there, as in std_mean.
     return mean, var.clamp(min=torch.finfo(var.dtype).tiny).sqrt()

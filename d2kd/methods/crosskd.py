@@ -1,10 +1,10 @@
 """CrossKD: Cross-Head Knowledge Distillation for Object Detection, arXiv 2306.11369.
 
-The student's features at a cut of its towers go on through the rest of the teacher's head; these cross-head
-predictions, not the student's own, imitate the teacher's (equations 4 and 5). So the student's head behind the cut is
-free to follow the ground truth.
+The student's tower features at the cut are passed through the rest of the teacher's head. These cross-head predictions,
+not the student's own, imitate the teacher's (equations 4 and 5), so the student's head after the cut is free to follow
+the ground truth.
 
-Published settings (cut 3 where not said otherwise):
+Published settings (cut 3 unless stated otherwise):
 
 =========  ===============================================================================================
 RetinaNet  the defaults
@@ -14,21 +14,20 @@ FCOS       cut 2, cls_weight 0.4, box_weight 0.75, box_loss "iou_log", normalize
            centerness_weight 0, mask_padding False
 =========  ===============================================================================================
 
-Deviations from the authors' code, all off the path of a usual batch:
+Deviations from the authors' code, none of which affects a typical batch:
 
-- Normalisers are averaged over workers; theirs partly are each worker's own.
-- Without ground truth the normaliser "centerness" is 1 instead of 1e-6, which made losses of 1e8; where all the
+- Normalizers are averaged over workers; some of theirs are per worker.
+- Without ground truth the normalizer "centerness" is 1 instead of 1e-6, which produced losses of 1e8. Where all of the
   teacher's scores are 0, the loss of box distributions is 0 instead of NaN.
-- A level with a single value per channel (N*H*W = 1) has no unbiased deviation: theirs gives NaN, here it counts as 0.
-- RetinaNet's anchors are labelled before those in padding are masked; theirs masks first.
+- A level with a single value per channel (N*H*W = 1) has no unbiased standard deviation: theirs is NaN, here it is 0.
+- RetinaNet's anchors are labeled before those in padding are masked; theirs masks first.
 """
 
 from typing import Any, List, Sequence, Tuple
 
-from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from torch import Tensor, nn
 
-from ..contract import level_channels
+from ..contract import Dense, level_channels
 from ..dense import DenseOutputs
 from ..errors import D2kdError
 from ..heads import TOWERS, Cut, cross_head, split_tower
@@ -40,16 +39,17 @@ from .response import ResponseKD
 class CrossKD(ResponseKD):
     """Cross-head distillation of classes, boxes and centerness.
 
-    A teacher with box distributions (GFL) teaches its distributions, others their decoded boxes.
+    A teacher with box distributions (GFL) is imitated in its distributions, other teachers in their decoded boxes.
 
     Args:
-        cut: convolutions of the student's towers before its features change over to the teacher's head; 0 crosses
-            at the FPN feature. The published setting for heads of 4 convolutions is 3.
-        pre_activation: take the feature before the activation that follows the cut (the paper's wording) instead of
-            after it (the authors' in-place activations make it so, and so were the published numbers measured).
-        sync: align with the statistics of all workers' images instead of each worker's own, so that a run does not
+        cut: number of the student's tower convolutions to run before its features enter the teacher's head; 0 crosses
+            at the FPN feature. The published setting for heads with 4 convolutions is 3.
+        pre_activation: use the feature before the activation that follows the cut, as the paper says, instead of after
+            it. The authors' in-place activations have the effect of the latter, and the published numbers were
+            measured that way.
+        sync: align with statistics over the images of all workers instead of each worker's own, so that a run does not
             depend on the number of workers.
-        **losses: weights and kinds of the losses, see :class:`ResponseKD`.
+        **losses: weights and types of the losses, see :class:`ResponseKD`.
     """
 
     def __init__(self, cut: int = 3, pre_activation: bool = False, sync: bool = False, **losses: Any) -> None:
@@ -61,15 +61,15 @@ class CrossKD(ResponseKD):
     def cuts(self) -> Sequence[Cut]:
         return (self.cut,)
 
-    def setup(self, student: DenseDetector, teacher: DenseDetector, channels: Channels) -> None:
+    def setup(self, student: Dense, teacher: Dense, channels: Channels) -> None:
         given, wanted = (tower_channels(detector, self.cut) for detector in (student, teacher))
         if given != wanted:
             raise D2kdError(
                 f"CrossKD at cut {self.cut.convs}: the student's towers have {given} channels (class, box) there and "
-                f"the teacher's {wanted}; use a student with equal FPN.OUT_CHANNELS and head width"
+                f"the teacher's have {wanted}; use a student with the same FPN.OUT_CHANNELS and head width"
             )
 
-    def imitating(self, student: DenseOutputs, teacher: DenseOutputs) -> DenseOutputs:
+    def imitating_outputs(self, student: DenseOutputs, teacher: DenseOutputs) -> DenseOutputs:
         return self.cross(student, teacher)
 
     def cross(self, student: DenseOutputs, teacher: DenseOutputs) -> DenseOutputs:
@@ -79,16 +79,16 @@ class CrossKD(ResponseKD):
         return DenseOutputs(teacher.detector, teacher.features, predictions, classes=teacher.classes)
 
     def align(self, student: List[Tensor], teacher: List[Tensor]) -> List[Tensor]:
-        """Aligns each level, and activates the result unless it is an FPN feature."""
+        """Aligns each level and applies the activation, unless the cut is at the FPN features."""
         aligned = [align_scale(s, t, self.sync) for s, t in zip(student, teacher)]
         return [level.relu() for level in aligned] if self.cut.convs > 0 else aligned
 
 
 def align_scale(student: Tensor, teacher: Tensor, sync: bool = False) -> Tensor:
-    """Shifts and scales each channel of the student's feature to the teacher's mean and deviation.
+    """Shifts and scales each channel of the student's feature to the teacher's mean and standard deviation.
 
     Args:
-        student: (N, C, H, W); the gradient flows through its statistics too.
+        student: (N, C, H, W); gradients also flow through its statistics.
         teacher: (N, C, H, W).
         sync: see :func:`channel_statistics`.
 
@@ -100,7 +100,7 @@ def align_scale(student: Tensor, teacher: Tensor, sync: bool = False) -> Tensor:
     return (student.float() - mean) / (std + 1e-6) * teacher_std + teacher_mean
 
 
-def tower_channels(detector: DenseDetector, cut: Cut) -> Tuple[int, ...]:
+def tower_channels(detector: Dense, cut: Cut) -> Tuple[int, ...]:
     """Channels of the class and the box tower of a detector's head at a cut."""
     channels = []
     for name in TOWERS:

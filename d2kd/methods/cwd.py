@@ -1,10 +1,10 @@
 """CWD: Channel-wise Knowledge Distillation for Dense Prediction, arXiv 2011.13256.
 
-Each channel of a map becomes a distribution over its places by a softmax, and the student's imitates the teacher's by
-the KL divergence (section 3): what counts is where a channel is active, not how strongly.
+A softmax turns each channel of a feature map into a distribution over locations. The student's distribution imitates
+the teacher's through the KL divergence (section 3). What matters is where a channel is active, not how strongly.
 
-As in the authors' code the divergence is the mean over images and channels, summed over levels, and padding takes part.
-Deviation from it: all levels that the head reads are compared, where their RetinaNet leaves out the last.
+As in the authors' code, the divergence is averaged over images and channels and summed over levels, and padding is
+included. Deviation: all levels that the head reads are compared, while their RetinaNet leaves out the last one.
 """
 
 from typing import Dict
@@ -20,17 +20,17 @@ from .base import METHOD_REGISTRY, FeatureMethod
 
 @METHOD_REGISTRY.register()
 class CWD(FeatureMethod):
-    """KL divergence of each channel's distribution over the places of a map.
+    """KL divergence between the distributions of each channel over the locations of a feature map.
 
     Args:
         weight: weight of the loss; 5 in the authors' config for RetinaNet, 10 in mmrazor's for all detectors.
-        temperature: softens the distributions, > 0; 1 in these configs.
+        temperature: softens the distributions, > 0; 1 in both of these configs.
     """
 
     def __init__(self, weight: float = 5.0, temperature: float = 1.0) -> None:
         super().__init__()
         if temperature <= 0:
-            raise D2kdError(f"CWD's temperature is {temperature}; choose one above 0")
+            raise D2kdError(f"CWD's temperature is {temperature}; choose a value above 0")
         self.weight = weight
         self.temperature = temperature
 

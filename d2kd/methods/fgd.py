@@ -1,43 +1,46 @@
 """FGD: Focal and Global Knowledge Distillation for Detectors, arXiv 2111.11837.
 
-Per feature map, four terms:
+There are four terms per feature map:
 
-- foreground and background (equation 8): the squared distance of the maps, weighed by the teacher's spatial and channel
-  attention (equations 3 to 6) and by a mask. A cell in a box weighs one over the cells of that box (of the smallest,
-  where boxes overlap), a cell of the background one over the cells of the image's background (equation 2).
-- attention (equation 9): the L1 distance of the attentions of student and teacher.
-- relation (equations 11 and 12): the squared distance of the maps after a global context block each, all trained.
+- foreground and background (equation 8): the squared distance between the maps, weighted by the teacher's spatial and
+  channel attention (equations 3 to 6) and by a mask. The weight of a cell inside a box is one over the number of cells
+  of that box (of the smallest one where boxes overlap), and the weight of a background cell is one over the number of
+  background cells of the image (equation 2).
+- attention (equation 9): the L1 distance between the attentions of student and teacher.
+- relation (equations 11 and 12): the squared distance between the maps, each after its own global context block; all
+  of these blocks are trained.
 
-The authors' configs weigh them, as (alpha, beta, gamma, lambda), by (1e-3, 5e-4, 5e-4, 5e-6) at temperature 0.5 for
-RetinaNet and GFL, the defaults here, and by (1.6e-3, 8e-4, 8e-4, 8e-6) at temperature 0.8 for FCOS. They start the
-student from the teacher's neck and head, as MODEL.DISTILL.INHERIT does.
+The authors' configs use the weights (alpha, beta, gamma, lambda) = (1e-3, 5e-4, 5e-4, 5e-6) at temperature 0.5 for
+RetinaNet and GFL, the defaults here, and (1.6e-3, 8e-4, 8e-4, 8e-6) at temperature 0.8 for FCOS. They initialize the
+student with the teacher's neck and head, as MODEL.DISTILL.INHERIT does.
 
-As in their code, where the paper leaves it open: terms are sums over a map's cells and channels, divided by the number
-of images; a box covers the cells from the floor of its first edge to the ceiling of its last one, both included, also
-where the last lies beyond the map; padding is background; without boxes the foreground is 0.
+Where the paper leaves it open, this follows their code. Terms are sums over the cells and channels of a map, divided by
+the number of images. A box covers the cells from the floor of its first edge to the ceiling of its last one, both
+included, even if the last one lies beyond the map. Padding is background. Without boxes the foreground is 0.
 
 Deviations from their code:
 
-- Boxes are scaled by the padded size of the batch, which the maps cover. Theirs divides by each image's own size, so
-  that boxes of a padded image lie too far right and down.
-- Boxes are clipped to their image, and one that misses it counts for nothing. In theirs a negative coordinate counts
-  from the far end: a box that sticks out at the left or top vanishes, or marks the opposite side. A box that sticks out
-  at the right or bottom keeps its whole size. ``unpadded`` restores this and the scale, but not the negative indices.
-- The context blocks' attention has no bias: a softmax over all cells does not see it.
+- Boxes are scaled by the padded size of the batch, which is what the maps cover. Theirs divides by each image's own
+  size, so boxes of a padded image end up too far to the right and bottom.
+- Boxes are clipped to their image, and a box entirely outside of it is ignored. In theirs, a negative coordinate is an
+  index from the far end: a box that extends beyond the left or top vanishes or marks the opposite side. A box that
+  extends beyond the right or bottom keeps its full size. ``unpadded`` restores the latter and the scale, but not the
+  negative indices.
+- The attention of the context blocks has no bias, which a softmax over all cells would cancel.
 """
 
 from typing import Any, Dict, List, Tuple
 
 import torch
-from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ..contract import Dense
 from ..dense import DenseOutputs, Targets
 from ..errors import D2kdError
 from .base import METHOD_REGISTRY, Channels, FeatureMethod
 
-# Where a box covers no cell, in parts of the map.
+# A relative coordinate at which a box covers no cell; the map ends at 1.
 OUTSIDE = 2.0
 
 
@@ -46,13 +49,13 @@ class FGD(FeatureMethod):
     """Focal and global distillation of feature maps.
 
     Args:
-        temperature: softens the attentions, > 0.
+        temperature: softens the attention, > 0.
         alpha: weight of the foreground term.
         beta: weight of the background term.
         gamma: weight of the attention term.
         lambda_: weight of the relation term.
-        unpadded: scale boxes by the unpadded size of their image, and cut nothing off at the right and lower edge, as
-            the authors' code does; see the module.
+        unpadded: scale boxes by the unpadded size of their image and do not clip them at the right and bottom, as the
+            authors' code does; see the module docstring.
 
     Raises:
         D2kdError: the temperature is not positive.
@@ -69,14 +72,16 @@ class FGD(FeatureMethod):
     ) -> None:
         super().__init__()
         if temperature <= 0:
-            raise D2kdError(f"FGD's temperature is {temperature}; choose one above 0, published are 0.5 and 0.8")
+            raise D2kdError(f"FGD's temperature is {temperature}; choose a value above 0 (published: 0.5 and 0.8)")
         self.temperature = temperature
         self.weights = {"fg": alpha, "bg": beta, "attention": gamma, "relation": lambda_}
+        if not min(self.weights.values()) >= 0:
+            raise D2kdError(f"FGD's alpha, beta, gamma and lambda_ are {alpha, beta, gamma, lambda_}; set 0 or more")
         self.unpadded = unpadded
         self.student_contexts = nn.ModuleList()
         self.teacher_contexts = nn.ModuleList()
 
-    def setup(self, student: DenseDetector, teacher: DenseDetector, channels: Channels) -> None:
+    def setup(self, student: Dense, teacher: Dense, channels: Channels) -> None:
         super().setup(student, teacher, channels)
         self.student_contexts = nn.ModuleList(GlobalContext(theirs) for _, theirs in channels)
         self.teacher_contexts = nn.ModuleList(GlobalContext(theirs) for _, theirs in channels)
@@ -90,7 +95,7 @@ class FGD(FeatureMethod):
         return {f"loss_fgd_{name}": weight * term for (name, weight), term in zip(self.weights.items(), terms)}
 
     def _terms(self, level: int, student: Tensor, teacher: Tensor, boxes: List[Tensor]) -> Tensor:
-        """The four terms of one pair of maps, summed over images, in the order of ``self.weights``."""
+        """Returns the four terms of one pair of maps, summed over images, in the order of ``self.weights``."""
         foreground, background = focal_masks(boxes, *student.shape[-2:])
         student, teacher = student.flatten(2), teacher.flatten(2).detach()
         own_spatial, own_channel = attention(student, self.temperature)
@@ -100,17 +105,17 @@ class FGD(FeatureMethod):
         squares, offset = Distances.apply(student, teacher, weights)
         fg, bg = (squares[:, :2] * channel[:, None]).sum((0, 2))
         between_attentions = (spatial - own_spatial).abs().sum() + (channel - own_channel).abs().sum()
-        # A context raises a channel alike in all cells; with the square expanded, no further map is made.
+        # A context shifts a channel equally in all cells. Expanding the square avoids allocating another map.
         shift = self.teacher_contexts[level](teacher) - self.student_contexts[level](student)
         relation = squares[:, 2] + 2 * shift * offset + shift.square() * student.shape[2]
         return torch.stack([fg, bg, between_attentions, relation.sum()])
 
 
 class GlobalContext(nn.Module):
-    """What the global context block of GCNet (arXiv 1904.11492) adds to each channel; nothing, until it is trained.
+    """The part of a GCNet block (arXiv 1904.11492) that is added to each channel; initialized to output 0.
 
     Args:
-        channels: of the map, at least 2.
+        channels: channels of the map, at least 2.
     """
 
     def __init__(self, channels: int) -> None:
@@ -123,17 +128,17 @@ class GlobalContext(nn.Module):
         nn.init.zeros_(last.bias)
 
     def forward(self, feature: Tensor) -> Tensor:
-        """Takes a map (N, C, H*W) and gives (N, C)."""
-        # Not through Linear, which would copy the map into another order.
+        """Maps (N, C, H*W) to (N, C)."""
+        # nn.Linear would need a transposed copy of the map.
         scores = torch.bmm(self.query.weight.expand(len(feature), 1, -1), feature)
         context = torch.bmm(scores.softmax(-1), feature.transpose(1, 2))
         return self.transform(context.squeeze(1))
 
 
 class Distances(torch.autograd.Function):
-    """Sums over the cells of ``teacher - student``, squared and weighted, and plain.
+    """Sums of ``teacher - student`` over cells: the weighted squares and the plain differences.
 
-    Written out because only the two maps, which live anyway, need to be kept for the gradient.
+    A custom function saves memory: it keeps only the two maps and the weights for the backward pass.
     """
 
     @staticmethod
@@ -141,9 +146,9 @@ class Distances(torch.autograd.Function):
         """Computes the sums.
 
         Args:
-            ctx: autograd's.
+            ctx: autograd context.
             student: (N, C, H*W).
-            teacher: likewise; gets no gradient.
+            teacher: (N, C, H*W); gets no gradient.
             weights: (N, K, H*W), K different weightings of the cells; gets no gradient.
 
         Returns:
@@ -163,11 +168,14 @@ class Distances(torch.autograd.Function):
 
 
 def attention(feature: Tensor, temperature: float) -> Tuple[Tensor, Tensor]:
-    """Where and in which channels a map is large: spatial (N, H*W) and channel (N, C) attention, each of mean 1.
+    """Computes where and in which channels a map is large.
 
     Args:
         feature: (N, C, H*W).
         temperature: divides the mean absolute values before the softmax.
+
+    Returns:
+        Spatial attention (N, H*W) and channel attention (N, C), each with mean 1.
     """
     channels, cells = feature.shape[1:]
     spatial = torch.linalg.vector_norm(feature, ord=1, dim=1) / channels
@@ -176,12 +184,15 @@ def attention(feature: Tensor, temperature: float) -> Tuple[Tensor, Tensor]:
 
 
 def relative_boxes(targets: Targets, unpadded: bool) -> List[Tensor]:
-    """The boxes of each image, (B, 4) XYXY in parts of the maps' height and width; see the module for ``unpadded``."""
+    """Returns each image's boxes, (B, 4) XYXY, relative to the height and width of the maps.
+
+    See the module docstring for ``unpadded``.
+    """
     counts = [len(image) for image in targets.instances]
     image_of = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
     boxes = torch.cat([image.gt_boxes.tensor for image in targets.instances])
     sizes = torch.tensor([image.image_size[::-1] * 2 for image in targets.instances], dtype=torch.float32)
-    size = sizes[image_of].to(boxes.device, non_blocking=True)  # counted on the CPU, so that no GPU is waited for
+    size = sizes[image_of].to(boxes.device, non_blocking=True)  # indexed on the CPU to avoid a GPU sync
     missed = (boxes[:, 2:] < 0).any(1) | (boxes[:, :2] >= size[:, :2]).any(1)
     boxes = boxes.clamp(min=0)
     if not unpadded:
@@ -191,23 +202,23 @@ def relative_boxes(targets: Targets, unpadded: bool) -> List[Tensor]:
 
 
 def focal_masks(boxes: List[Tensor], height: int, width: int) -> Tuple[Tensor, Tensor]:
-    """The masks of foreground and background, each (N, H, W), from the boxes of :func:`relative_boxes`."""
+    """Returns the foreground and background masks, each (N, H, W), for the boxes of :func:`relative_boxes`."""
     foreground = torch.stack([foreground_mask(image, height, width) for image in boxes])
     background = (foreground == 0).float()
     return foreground, background / background.sum((1, 2), keepdim=True).clamp(min=1)
 
 
 def foreground_mask(boxes: Tensor, height: int, width: int) -> Tensor:
-    """One over the cells of the smallest box, (H, W); 0 outside all boxes (B, 4)."""
+    """Returns one over the number of cells of the smallest box at each cell, (H, W); 0 outside of all boxes (B, 4)."""
     if len(boxes) == 0:
         return boxes.new_zeros(height, width)
     left, top, right, bottom = boxes.unbind(1)
-    rows, columns = covered(top, bottom, height), covered(left, right, width)
+    rows, columns = coverage(top, bottom, height), coverage(left, right, width)
     return (rows[:, :, None] * columns[:, None, :]).amax(0)
 
 
-def covered(start: Tensor, end: Tensor, length: int) -> Tensor:
-    """One over the number of cells from start to end, in these cells, (B, length); 0 elsewhere."""
+def coverage(start: Tensor, end: Tensor, length: int) -> Tensor:
+    """Returns one over the number of cells from start to end inside that range, and 0 elsewhere, (B, length)."""
     first, last = (start * length).floor(), (end * length).ceil()
     cells = torch.arange(length, device=start.device)
     inside = (cells >= first[:, None]) & (cells <= last[:, None])

@@ -1,14 +1,16 @@
-"""FitNet: feature imitation, arXiv 1412.6550, of whole maps or of the regions that detection papers imitate.
+"""FitNet: feature imitation, arXiv 1412.6550, on whole maps or on the regions used in detection papers.
 
-The mean squared error of features, over a level's region and the channels, summed over levels. The hint regressor of
-the paper is the 1x1 convolution where student and teacher differ in width; training has no separate first stage.
+The loss is the mean squared error of features over a level's region and channels, summed over levels. The paper's hint
+regressor is the 1x1 convolution that is added where student and teacher differ in width. There is no separate first
+training stage.
 
-The regions are those of LD's authors (arXiv 2102.12252), with their weight: their "fitnet" is ``region="boxes"``, their
-"decouple" the same with ``background_weight=2`` (DeFeat, arXiv 2103.14475; their code raises there, this is what it
-means to do), "finegrained" and "gibox" have their names. With ``gi_per_batch=True`` the values are theirs.
+The regions are those of LD's authors (arXiv 2102.12252), with their weight. Their "fitnet" is ``region="boxes"``; their
+"decouple" is the same with ``background_weight=2`` (DeFeat, arXiv 2103.14475; their code raises an error there, this is
+what it is meant to do); "finegrained" and "gibox" have the same names. With ``gi_per_batch=True`` the values equal
+theirs.
 
-Deviations from their code: a level without region gives 0 instead of NaN, and a region's size is averaged over workers,
-so that the mean over workers equals one worker with all images.
+Deviations from their code: a level with an empty region gives 0 instead of NaN, and the size of a region is averaged
+over workers, so that the mean over workers equals the loss of one worker with all images.
 """
 
 from typing import Dict, List
@@ -21,7 +23,7 @@ from ..dense import DenseOutputs, Targets
 from ..errors import D2kdError, check_choice
 from ..workers import at_least_one, mean_over_workers
 from .base import METHOD_REGISTRY, FeatureMethod
-from .imitation import box_region, instance_region, near_region, to_places
+from .imitation import box_region, instance_region, near_region, to_locations
 
 REGIONS = ("whole", "boxes", "finegrained", "gibox")
 
@@ -32,10 +34,10 @@ class FitNet(FeatureMethod):
 
     Args:
         weight: weight of the loss; 2 in LD's comparison of regions.
-        region: "whole" maps; "boxes", inside of the ground truth; "finegrained", near it; or "gibox", where teacher and
-            student score most differently, which needs the teacher's head.
-        background_weight: weight of the rest of the maps in parts of ``weight``, as a mean of its own; 0 leaves it out.
-        gi_per_batch: choose "gibox" from the whole batch, as LD's authors do, see :func:`instance_region`.
+        region: "whole" maps; "boxes", inside the ground-truth boxes; "finegrained", near them; or "gibox", where the
+            scores of teacher and student differ most, which requires running the teacher's head.
+        background_weight: weight of the rest of the maps relative to ``weight``, averaged separately; 0 disables it.
+        gi_per_batch: select "gibox" from the whole batch, as LD's authors do, see :func:`instance_region`.
     """
 
     def __init__(
@@ -48,7 +50,7 @@ class FitNet(FeatureMethod):
         super().__init__()
         check_choice("FitNet's region", region, REGIONS)
         if background_weight and region == "whole":
-            raise D2kdError("FitNet's background_weight needs a region to have a background; set region to 'boxes'")
+            raise D2kdError("FitNet's background_weight needs a region that leaves a background; set region to 'boxes'")
         self.weight = weight
         self.region = region
         self.background_weight = background_weight
@@ -68,11 +70,11 @@ class FitNet(FeatureMethod):
         return losses
 
     def regions(self, student: DenseOutputs, teacher: DenseOutputs, targets: Targets) -> List[Tensor]:
-        """The places that are imitated, per level (N, Hi, Wi) bool; of any region but "whole"."""
+        """Returns the locations to imitate, per level (N, Hi, Wi) bool, for any region but "whole"."""
         if student.tapped_maps:
             raise D2kdError(
-                f"FitNet's region {self.region!r} is one of the FPN levels, which MODEL.DISTILL.FEATURES replaces; "
-                "leave FEATURES empty, or set MODEL.DISTILL.FITNET.REGION whole"
+                f"FitNet's region {self.region!r} is defined on the FPN levels, which MODEL.DISTILL.FEATURES replaces; "
+                "leave FEATURES empty, or set MODEL.DISTILL.FITNET.REGION to whole"
             )
         if self.region == "boxes":
             region = box_region(student, targets)
@@ -80,18 +82,18 @@ class FitNet(FeatureMethod):
             region = near_region(student, targets)
         else:
             region = instance_region(student, teacher, targets, self.gi_per_batch)
-        return to_places(region, student)
+        return to_locations(region, student)
 
 
 def mean_inside(errors: List[Tensor], regions: List[Tensor]) -> Tensor:
-    """Mean of each level's errors over its region.
+    """Averages the errors of each level over its region.
 
     Args:
         errors: per level (N, Hi, Wi).
-        regions: likewise, bool.
+        regions: per level (N, Hi, Wi) bool.
 
     Returns:
-        (L,); 0 with gradient where a region is empty.
+        (L,) with L levels; where a region is empty, a 0 that is still connected to the graph.
     """
     sums = torch.stack([(error * region).sum() for error, region in zip(errors, regions)])
     counts = mean_over_workers(torch.stack([region.sum() for region in regions]).float())

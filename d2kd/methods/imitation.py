@@ -1,7 +1,7 @@
-"""Imitation regions: at which places of the FPN levels a student should imitate the teacher's features.
+"""Imitation regions: the locations on the FPN levels where a student should imitate the teacher's features.
 
-They are those that LD's authors compare (arXiv 2102.12252). A region is a mask over anchors; a place belongs to it if
-any of its anchors does, which matters for RetinaNet, with 9 of them per place.
+They are the ones that LD's authors compare (arXiv 2102.12252). A region is a mask over anchors. A location belongs to
+it if any of its anchors does, which matters for RetinaNet with its 9 anchors per location.
 """
 
 from typing import List
@@ -14,25 +14,25 @@ from torchvision.ops import nms
 from ..dense import DenseOutputs, Targets
 from ..modeling.atss_assign import MIN_INSIDE
 
-# Anchors of more than this share of the best IoU with a box are near it (arXiv 1906.03609).
+# Anchors are near a box if their IoU exceeds this fraction of the best IoU with it (arXiv 1906.03609).
 NEAR = 0.5
-# How many general instances are chosen, and above which IoU two count as the same (arXiv 2103.02340).
+# The maximum number of general instances, and the IoU above which two of them are the same (arXiv 2103.02340).
 MAX_INSTANCES, SAME_INSTANCE = 10, 0.3
-# NMS takes memory with the square of its boxes; general instances beyond this rank are rarely among the best ten.
+# The memory of NMS grows with the square of the number of boxes. Candidates beyond this rank are rarely in the top ten.
 MAX_CANDIDATES = 3000
 
 
 def box_region(student: DenseOutputs, targets: Targets) -> Tensor:
-    """Anchors whose centres lie inside a ground-truth box: the region of LD's "fitnet" and "decouple".
+    """Finds anchors whose center lies inside a ground-truth box: the region of LD's "fitnet" and "decouple".
 
     Returns:
         (N, R) bool.
     """
-    return torch.stack([centres_inside(student.anchors, image.gt_boxes) for image in targets.instances])
+    return torch.stack([centers_inside(student.anchors, image.gt_boxes) for image in targets.instances])
 
 
-def centres_inside(anchors: Tensor, boxes: Boxes) -> Tensor:
-    """Tells which anchors (R, 4) have their centre inside one of the boxes, (R,) bool."""
+def centers_inside(anchors: Tensor, boxes: Boxes) -> Tensor:
+    """Returns whether the center of each anchor (R, 4) lies inside any of the boxes, (R,) bool."""
     x, y = Boxes(anchors).get_centers().unbind(1)
     left, top, right, bottom = boxes.tensor[:, :, None].unbind(1)  # each (M, 1)
     sides = (x - left, y - top, right - x, bottom - y)
@@ -40,10 +40,10 @@ def centres_inside(anchors: Tensor, boxes: Boxes) -> Tensor:
 
 
 def near_region(student: DenseOutputs, targets: Targets) -> Tensor:
-    """Anchors near a ground-truth box: "finegrained", arXiv 1906.03609, section 3.2.
+    """Finds anchors near a ground-truth box: "finegrained", arXiv 1906.03609, section 3.2.
 
-    Near are those whose IoU with the box is more than half of the largest that any anchor of the image has with it.
-    Anchors in padding take no part.
+    An anchor is near a box if their IoU is more than half of the largest IoU of any anchor of the image with that box.
+    Anchors in padding are left out.
 
     Returns:
         (N, R) bool.
@@ -58,20 +58,20 @@ def near_region(student: DenseOutputs, targets: Targets) -> Tensor:
 def instance_region(
     student: DenseOutputs, teacher: DenseOutputs, targets: Targets, whole_batch: bool = False
 ) -> Tensor:
-    """The general instances: the anchors that teacher and student score most differently ("gibox", arXiv 2103.02340).
+    """Finds general instances: anchors that teacher and student score most differently ("gibox", arXiv 2103.02340).
 
     Args:
-        student: with predictions.
-        teacher: likewise.
-        targets: tell which anchors lie in padding; these take no part.
-        whole_batch: choose from each level of the whole batch, as LD's authors do, instead of each level of each image.
-            Boxes of different images suppress each other then, and predictions in padding take part with boxes around
-            the image's corner.
+        student: the student's outputs, including predictions.
+        teacher: the teacher's outputs, including predictions.
+        targets: mark the anchors that lie in padding, which are left out.
+        whole_batch: select from each level of the whole batch, as LD's authors do, instead of each level of each image.
+            Boxes of different images then suppress each other, and predictions in padding are included, with boxes
+            around the corner of the image.
 
     Returns:
-        (N, R) bool; nothing where student and teacher share no class.
+        (N, R) bool; all False if student and teacher share no class.
     """
-    # Outside of no_grad: the student's boxes are kept, and other methods need their gradient.
+    # Not under no_grad: the student's decoded boxes are cached, and other methods need their gradient.
     own_boxes, boxes = student.boxes.detach(), teacher.boxes
     own_scores, scores = student.shared_logits.detach().sigmoid(), teacher.shared_logits.sigmoid()
     padding = in_padding(targets)
@@ -85,23 +85,23 @@ def instance_region(
 
 
 def _choose_by_group(images: int, *level: Tensor) -> Tensor:
-    """Chooses from so many images of a level at a time; fields (N, Ri, ...), result (N, Ri) bool."""
+    """Selects from ``images`` images of one level at a time; inputs are (N, Ri, ...), the result is (N, Ri) bool."""
     groups = zip(*(x.split(images) for x in level))
     return torch.cat([general_instances(*(x.flatten(0, 1) for x in group)).view_as(group[-1]) for group in groups])
 
 
 def general_instances(own_scores: Tensor, scores: Tensor, own_boxes: Tensor, boxes: Tensor, excluded: Tensor) -> Tensor:
-    """Chooses general instances, arXiv 2103.02340, section 3.1.
+    """Selects general instances, arXiv 2103.02340, section 3.1.
 
-    An anchor's rank is the largest difference of the teacher's and the student's score over the classes, its box that
-    of whoever scores that class higher. NMS leaves the best of those that overlap.
+    Anchors are ranked by the largest difference between the teacher's and the student's score over the classes. The box
+    of an anchor is the one of whichever model scores that class higher. NMS keeps the best of overlapping boxes.
 
     Args:
-        own_scores: of the student, (M, S), 0 to 1.
-        scores: of the teacher, likewise.
-        own_boxes: of the student, (M, 4) XYXY.
-        boxes: of the teacher, likewise.
-        excluded: (M,) bool; not to be chosen.
+        own_scores: the student's scores, (M, S), 0 to 1.
+        scores: the teacher's scores, (M, S), 0 to 1.
+        own_boxes: the student's boxes, (M, 4) XYXY.
+        boxes: the teacher's boxes, (M, 4) XYXY.
+        excluded: (M,) bool; these anchors are never selected.
 
     Returns:
         (M,) bool, True at most :data:`MAX_INSTANCES` times.
@@ -119,11 +119,11 @@ def general_instances(own_scores: Tensor, scores: Tensor, own_boxes: Tensor, box
 
 
 def in_padding(targets: Targets) -> Tensor:
-    """Anchors in padding beyond their image, (N, R) bool: those that weigh nothing though they are not ignored."""
+    """Returns which anchors lie in padding, (N, R) bool: those with weight 0 that are not labeled as ignored."""
     return (targets.weights == 0) & (targets.labels >= 0)
 
 
-def to_places(region: Tensor, student: DenseOutputs) -> List[Tensor]:
-    """Turns a mask over anchors (N, R) into one over places per level, (N, Hi, Wi) bool."""
+def to_locations(region: Tensor, student: DenseOutputs) -> List[Tensor]:
+    """Converts a mask over anchors (N, R) to masks over locations, per level (N, Hi, Wi) bool."""
     parts = region.split([len(level) for level in student.anchors_per_level], dim=1)
     return [part.reshape(len(part), *level.shape[-2:], -1).any(-1) for part, level in zip(parts, student.features)]

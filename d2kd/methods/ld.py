@@ -1,25 +1,25 @@
 """LD: Localization Distillation for Dense Object Detection, arXiv 2102.12252 and 2204.05957.
 
-For heads that predict each side of a box as a distribution over distances (GFL): the student's distributions imitate
-the teacher's, where an anchor is positive (the main region, equation 6 of 2102.12252) and, as options, in the valuable
-localization region around the boxes (section 3.3), and the classes are distilled where an anchor is positive.
+For heads that predict each side of a box as a distribution over distances (GFL). The student's distributions imitate
+the teacher's where an anchor is positive (the main region, equation 6 of 2102.12252) and, optionally, in the valuable
+localization region around the boxes (section 3.3). Another option distills the classes of positive anchors.
 
-With its defaults the method is mmdetection's LD; ``vlr_weight=0.25, cls_weight=10.0`` is the authors' own full one. Of
-the class loss in the region's rest their code has the name only: its value is always 0.
+The defaults are mmdetection's LD; ``vlr_weight=0.25, cls_weight=10.0`` is the full version of the authors. Their code
+also names a class loss outside of the main region, but its value is always 0.
 
-As in both, the main loss is a sum, weighed by the student's own highest class score and not divided by the number of
-positives, so it grows with the number of boxes, and with the images of a worker: see ``per_image``. Deviations from the
-authors' code: images without ground truth give 0, where theirs raises; the positives that the class loss is divided by
-are averaged over workers; and ``true_diou`` defines the region as the paper does.
+As in both, the main loss is a sum, weighted by the student's own highest class score and not divided by the number of
+positives, so it grows with the number of boxes and with the number of images per worker: see ``per_image``. Deviations
+from the authors' code: images without ground truth give 0, where theirs raises an error; the number of positives that
+the class loss is divided by is averaged over workers; and ``true_diou`` defines the region as the paper does.
 """
 
 from typing import Dict, List, Sequence
 
 import torch
-from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import Boxes, pairwise_ioa, pairwise_iou
 from torch import Tensor
 
+from ..contract import Dense
 from ..dense import DenseOutputs, Targets
 from ..errors import D2kdError
 from ..losses import kl_divergence_loss
@@ -38,16 +38,16 @@ class LD(Method):
     Args:
         weight: weight of the loss in the main region.
         temperature: softens the distances' distributions, > 0.
-        vlr_weight: weight of the loss in the valuable localization region; 0 leaves it out, published is 0.25.
-        cls_weight: weight of the class loss; 0 leaves it out, published is 10.
+        vlr_weight: weight of the loss in the valuable localization region; 0 disables it, the published value is 0.25.
+        cls_weight: weight of the class loss; 0 disables it, the published value is 10.
         cls_temperature: softens the classes' distributions, > 0.
-        vlr_topk: candidates per level and box from which ATSS takes the threshold that bounds the region.
-        vlr_gamma: the region's lower bound in parts of that threshold, 0 to 1.
-        true_diou: bound the region by the DIoU of anchor and box, as the paper says. The authors' code puts the
-            intersection over the anchor's area in place of the IoU there, and so were the published numbers measured.
-        per_image: divide the losses of both regions by the worker's number of images, which makes them independent of
-            the batch and of the number of workers. The published 0.25 was for sums over 2 images: 0.5 per image is the
-            same there.
+        vlr_topk: number of candidates per level and box from which ATSS computes the threshold that bounds the region.
+        vlr_gamma: the lower bound of the region as a fraction of that threshold, 0 to 1.
+        true_diou: bound the region by the DIoU of anchor and box, as the paper says. The authors' code uses the
+            intersection over the anchor's area in place of the IoU, and the published numbers were measured that way.
+        per_image: divide the losses of both regions by the number of images of the worker, which makes them independent
+            of the batch size and of the number of workers. The published weight of 0.25 is for sums over 2 images; the
+            equivalent per image is 0.5.
     """
 
     def __init__(
@@ -73,11 +73,11 @@ class LD(Method):
         self.true_diou = true_diou
         self.per_image = per_image
 
-    def setup(self, student: DenseDetector, teacher: DenseDetector, channels: Channels) -> None:
+    def setup(self, student: Dense, teacher: Dense, channels: Channels) -> None:
         own, theirs = (getattr(detector.box2box_transform, "reg_max", None) for detector in (student, teacher))
         if own is None or own != theirs:
             raise D2kdError(
-                f"LD needs heads that predict distributions of distances of the same reg_max, but the student has "
+                f"LD needs heads that predict distributions of distances with the same reg_max, but the student has "
                 f"{own} and the teacher {theirs}; use GFL for both"
             )
 
@@ -92,7 +92,7 @@ class LD(Method):
         return losses
 
     def region(self, student: DenseOutputs, targets: Targets) -> Tensor:
-        """Weights of the valuable localization region of each image, (N, R)."""
+        """Returns the weights of the valuable localization region of each image, (N, R)."""
         return torch.stack(
             [
                 valuable_region(
@@ -103,13 +103,14 @@ class LD(Method):
         )
 
     def _box_loss(self, student: DenseOutputs, teacher: DenseOutputs, weights: Tensor) -> Tensor:
-        used, num_bins = weights > 0, student.detector.box2box_transform.reg_max + 1
+        used, num_bins = weights > 0, student.num_bins
+        assert num_bins is not None  # see setup
         own, theirs = (outputs.box_predictions[used] for outputs in (student, teacher))
         loss = ld_loss(own, theirs, weights[used], num_bins, self.temperature)
         return loss / len(weights) if self.per_image else loss
 
     def _cls_loss(self, student: DenseOutputs, teacher: DenseOutputs, positive: Tensor) -> Tensor:
-        """Mean over classes and over the positives of each level, summed over levels."""
+        """Returns the class loss: the mean over classes and over the positives of each level, summed over levels."""
         sizes = [len(level) for level in student.anchors_per_level]
         sums: List[Tensor] = []
         for own, theirs, used in zip(
@@ -124,17 +125,17 @@ class LD(Method):
 def ld_loss(
     predictions: Tensor, teacher_predictions: Tensor, weights: Tensor, num_bins: int, temperature: float
 ) -> Tensor:
-    """Weighted sum over anchors of the KL divergence of their sides' distributions, mean over sides and bins.
+    """Computes the KL divergence of the sides' distributions, averaged over sides and bins and summed over anchors.
 
     Args:
         predictions: logits of the student, (P, 4*num_bins).
-        teacher_predictions: likewise; gets no gradient.
-        weights: (P,).
-        num_bins: distances per side.
-        temperature: softens both, > 0; the loss is multiplied by its square.
+        teacher_predictions: logits of the teacher, (P, 4*num_bins); get no gradient.
+        weights: weight of each anchor, (P,).
+        num_bins: number of distances per side.
+        temperature: softens both distributions, > 0; the loss is multiplied by its square.
 
     Returns:
-        (), float32; 0 with gradient if P is 0.
+        (), float32; if P is 0, a 0 that is still connected to the graph.
     """
     own, theirs = (x.unflatten(-1, (4, num_bins)) for x in (predictions, teacher_predictions))
     divergence = kl_divergence_loss(own, theirs, temperature).mean(-1) / num_bins
@@ -150,36 +151,36 @@ def valuable_region(
     gamma: float = 0.25,
     true_diou: bool = False,
 ) -> Tensor:
-    """The valuable localization region of one image: anchors near a box, but too far to be positive.
+    """Computes the valuable localization region of one image: anchors near a box, but too far away to be positive.
 
-    An anchor belongs to it if its DIoU with a box lies between ``gamma`` times ATSS's IoU threshold of that box and the
-    threshold itself.
+    An anchor belongs to the region of a box if their DIoU lies between ``gamma`` times ATSS's IoU threshold of that box
+    and the threshold itself.
 
     Args:
         anchors_per_level: per level (Ri, 4).
         usable: (R,) bool over all levels; other anchors are neither candidates nor in the region.
         gt_boxes: (M, 4).
-        topk: ATSS's candidates per level.
-        gamma: 0 to 1.
+        topk: number of ATSS candidates per level.
+        gamma: see ``vlr_gamma`` of :class:`LD`, 0 to 1.
         true_diou: see :class:`LD`.
 
     Returns:
-        (R,) weight: highest IoU with a box in whose region the anchor lies, 0 outside; float32.
+        (R,) float32 weights: the highest IoU with a box whose region contains the anchor, 0 outside of all regions.
     """
     anchors = Boxes.cat(list(anchors_per_level))
     if len(gt_boxes) == 0:
         return torch.zeros_like(anchors.tensor[:, 0])
     iou = pairwise_iou(gt_boxes, anchors)  # (M, R)
-    candidates, taken = nearest_anchors(anchors_per_level, usable, gt_boxes, topk)
-    threshold = iou_thresholds(iou.gather(1, candidates), taken)
+    candidates, is_candidate = nearest_anchors(anchors_per_level, usable, gt_boxes, topk)
+    threshold = iou_thresholds(iou.gather(1, candidates), is_candidate)
     overlap = iou if true_diou else pairwise_ioa(gt_boxes, anchors)
-    diou = overlap - centre_distances(gt_boxes, anchors)
+    diou = overlap - center_distances(gt_boxes, anchors)
     inside = (diou >= gamma * threshold) & (diou <= threshold) & usable
     return (iou * inside).amax(0)
 
 
-def centre_distances(boxes: Boxes, others: Boxes) -> Tensor:
-    """Squared distance of centres over the squared diagonal of the smallest box around both (arXiv 1911.08287).
+def center_distances(boxes: Boxes, others: Boxes) -> Tensor:
+    """Computes squared center distances over the squared diagonal of the smallest enclosing box (arXiv 1911.08287).
 
     Args:
         boxes: (M, 4).

@@ -1,8 +1,8 @@
 """Response distillation: the student's own predictions imitate the teacher's.
 
-The losses are those of CrossKD (arXiv 2306.11369, section 3), there of the cross head's predictions and here of the
-student's own, as Hinton et al. (arXiv 1503.02531) do it for classes: the control experiment for CrossKD. No published
-numbers stand behind these settings.
+The losses are those of CrossKD (arXiv 2306.11369, section 3). CrossKD applies them to the predictions of the cross
+head; here they apply to the student's own, as in Hinton et al. (arXiv 1503.02531) for classes. This is the control
+experiment for CrossKD. There are no published numbers for these settings.
 """
 
 from typing import Dict
@@ -25,17 +25,17 @@ NORMALIZERS = ("positives", "centerness")
 class ResponseKD(Method):
     """Distillation of class, box and centerness predictions.
 
-    Where both predict box distributions of the same bins (GFL), these are compared, otherwise decoded boxes.
+    If both models predict box distributions with the same bins (GFL), these are compared, otherwise decoded boxes.
 
     Args:
         cls_weight: weight of the class loss.
         box_weight: weight of the box loss.
-        centerness_weight: weight of the centerness loss, where both predict it; 0 leaves it out.
+        centerness_weight: weight of the centerness loss, used if both models predict it; 0 disables it.
         beta: focusing exponent of the class loss, >= 0.
-        box_loss: of decoded boxes, "giou" or "iou_log" (-log IoU).
+        box_loss: loss of decoded boxes, "giou" or "iou_log" (-log IoU).
         normalizer: what class and box losses are divided by: "positives" (N+), or "centerness", the sum of the
-            positives' centerness targets.
-        mask_padding: leave out anchors in padding and ignored ones.
+            centerness targets of the positives.
+        mask_padding: leave out anchors that lie in padding or are ignored.
     """
 
     def __init__(
@@ -61,12 +61,12 @@ class ResponseKD(Method):
         self.normalizer = normalizer
         self.mask_padding = mask_padding
 
-    def imitating(self, student: DenseOutputs, teacher: DenseOutputs) -> DenseOutputs:
-        """The predictions that imitate the teacher's."""
+    def imitating_outputs(self, student: DenseOutputs, teacher: DenseOutputs) -> DenseOutputs:
+        """Returns the outputs that imitate the teacher's."""
         return student
 
     def forward(self, student: DenseOutputs, teacher: DenseOutputs, targets: Targets) -> Dict[str, Tensor]:
-        ours = self.imitating(student, teacher)
+        ours = self.imitating_outputs(student, teacher)
         weights = targets.weights if self.mask_padding else torch.ones_like(targets.weights)
         normalizer = targets.num_pos if self.normalizer == "positives" else centerness_sum(student, targets)
         cls_loss = kd_quality_focal_loss(ours.shared_logits, teacher.shared_logits, self.beta).sum(-1)
@@ -89,13 +89,17 @@ class ResponseKD(Method):
 
 
 def centerness_loss(logits: Tensor, teacher_logits: Tensor, targets: Targets) -> Tensor:
-    """Binary cross entropy of centerness (N, R) to the teacher's, on positives, over N+; ()."""
+    """Computes the binary cross entropy of centerness (N, R) with the teacher's, summed over positives, over N+; ()."""
     loss = F.binary_cross_entropy_with_logits(logits, teacher_logits.sigmoid(), reduction="none")
     return (loss * targets.positive).sum() / targets.num_pos
 
 
 def centerness_sum(student: DenseOutputs, targets: Targets) -> Tensor:
-    """Sum of the positives' centerness targets (FCOS, arXiv 1904.01355), averaged over workers; if 0, 1 in all."""
+    """Sums the centerness targets of the positives (FCOS, arXiv 1904.01355).
+
+    Returns:
+        (), averaged over workers; if it is 0, one over the number of workers.
+    """
     centerness = centerness_targets(student.anchors, targets.boxes)
     total = mean_over_workers((centerness * targets.positive).sum())
     return torch.where(total > 0, total, 1 / comm.get_world_size())

@@ -1,4 +1,4 @@
-"""What detectron2 lacks of dense detectors."""
+"""Dense detectors, and parts of them, that detectron2 does not have."""
 
 from .atss import ATSS, ATSSHead
 from .backbone import ExtraLevels, LateralFPN, build_extra_fpn_backbone, make_fpn, make_resnet

@@ -1,4 +1,4 @@
-"""What GFL and ATSS share: one square anchor per place, labelled by ATSS."""
+"""The common base of GFL and ATSS: one square anchor per location, labeled by ATSS."""
 
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
@@ -16,14 +16,14 @@ from .one_anchor import OneAnchorDetector, config_options
 
 
 class Positives(NamedTuple):
-    """The anchors of a batch that are labelled with a class, P of them.
+    """The P positive anchors of a batch: those labeled with a class.
 
     Attributes:
-        mask: where they are, (N, R) bool.
+        mask: which anchors they are, (N, R) bool.
         anchors: (P, 4).
-        boxes: their ground truth, (P, 4) XYXY.
-        deltas: what the head predicts for them, (P, D) float32.
-        decoded: the same as boxes, (P, 4) XYXY, float32.
+        boxes: their matched ground-truth boxes, (P, 4) XYXY.
+        deltas: the head's box predictions for them, (P, D) float32.
+        decoded: the predictions decoded to boxes, (P, 4) XYXY, float32.
         normalizer: sum over images of max(#positives, 1), averaged over workers; ().
     """
 
@@ -36,24 +36,24 @@ class Positives(NamedTuple):
 
 
 class AnchorPointDetector(OneAnchorDetector):
-    """A dense detector with one square anchor per place, centred where the place's cell starts.
+    """A dense detector with one square anchor per location, centered at the top left corner of the location's cell.
 
-    Anchors are labelled by ATSS (arXiv 1912.02424). Subclasses define ``losses`` with RetinaNet's arguments.
+    Anchors are labeled by ATSS (arXiv 1912.02424). Subclasses define ``losses`` with RetinaNet's arguments.
 
     Args:
         backbone: feature pyramid.
-        head: gives per level class logits, box predictions and maybe centerness logits.
+        head: predicts class logits, boxes and optionally centerness logits, per level.
         box2box_transform: decodes the box predictions.
         num_classes: number of classes K.
-        pixel_mean: subtracted from the image's channels.
-        pixel_std: they are divided by it.
-        head_in_features: names of the levels, high to low resolution; by default all of the backbone.
+        pixel_mean: mean of each channel, subtracted from the image.
+        pixel_std: standard deviation of each channel; the image is divided by it.
+        head_in_features: names of the levels, high to low resolution; by default all levels of the backbone.
         anchor_scale: width of an anchor in strides.
-        topk: candidates of a box per level, see :func:`assign_atss`.
-        test_score_thresh: least class score of a detection.
-        test_topk_candidates: candidates per level before NMS.
-        test_nms_thresh: IoU above which the lower of two detections of a class is dropped.
-        max_detections_per_image: detections kept after NMS.
+        topk: number of candidates of a box per level, see :func:`assign_atss`.
+        test_score_thresh: minimum class score of a detection.
+        test_topk_candidates: number of candidates per level before NMS.
+        test_nms_thresh: IoU above which the lower-scoring of two detections of a class is dropped.
+        max_detections_per_image: number of detections kept after NMS.
         input_format: channel order of the images, "BGR" or "RGB".
     """
 
@@ -99,7 +99,7 @@ class AnchorPointDetector(OneAnchorDetector):
     def forward_training(
         self, images: ImageList, features: List[Tensor], predictions: List[List[Tensor]], gt_instances: List[Any]
     ) -> Dict[str, Tensor]:
-        """Losses of a batch, see ``losses``."""
+        """Computes the losses of a batch, see ``losses``."""
         anchors = self.anchor_generator(features)
         logits, deltas, *rest = self._per_anchor(predictions)
         labels, boxes = self.label_anchors(anchors, gt_instances)
@@ -110,19 +110,20 @@ class AnchorPointDetector(OneAnchorDetector):
         """Labels the anchors of each image, as :meth:`RetinaNet.label_anchors` does.
 
         Args:
-            anchors: of each level, the same for all images.
+            anchors: anchors of each level, the same for all images.
             gt_instances: ground truth of each image.
 
         Returns:
-            Labels of each image, (R,): 0..K-1 the class, K background, -1 where the anchor lies in padding, see
-            :func:`starts_in_image`. And the matched boxes (R, 4), of no meaning where the label is no class.
+            The labels of each image, (R,): 0..K-1 for a class, K for background, -1 for anchors in padding, see
+            :func:`starts_in_image`. And the matched boxes of each image, (R, 4), undefined where the label is not a
+            class.
         """
         every = Boxes.cat(anchors)
         labels, boxes = [], []
         for target in gt_instances:
             usable = starts_in_image(every, target.image_size, self.backbone.size_divisibility)
             match = assign_atss(anchors, usable, target.gt_boxes, self.topk)
-            # Index -1, no match, is the row appended here; an image without ground truth has this row alone.
+            # Index -1 (no match) selects the row appended here, the only row of an image without ground truth.
             classes = torch.cat([target.gt_classes, match.new_full((1,), self.num_classes)])
             labels.append(classes[match].masked_fill(~usable, -1))
             boxes.append(torch.cat([target.gt_boxes.tensor, every.tensor.new_zeros(1, 4)])[match])
@@ -137,31 +138,31 @@ class AnchorPointDetector(OneAnchorDetector):
         gt_boxes: List[Tensor],
         *rest: List[Tensor],
     ) -> Dict[str, Tensor]:
-        """Losses of a batch, to be defined by subclasses.
+        """Computes the losses of a batch. Subclasses define this.
 
         Args:
-            anchors: of each level.
+            anchors: anchors of each level.
             pred_logits: per level (N, Hi*Wi, K).
-            gt_labels: of each image (R,), see :meth:`label_anchors`.
+            gt_labels: labels of each image, (R,), see :meth:`label_anchors`.
             pred_deltas: per level (N, Hi*Wi, D).
-            gt_boxes: of each image the matched boxes (R, 4).
-            *rest: what else the head gives, per level (N, Hi*Wi, channels).
+            gt_boxes: matched boxes of each image, (R, 4).
+            *rest: further outputs of the head, per level (N, Hi*Wi, channels).
 
         Returns:
-            Weighted losses, float32 scalars: the same keys whatever the batch.
+            Weighted losses, float32 scalars, with the same keys for every batch.
         """
         raise NotImplementedError
 
     def positives(
         self, anchors: List[Boxes], labels: Tensor, pred_deltas: List[Tensor], gt_boxes: List[Tensor]
     ) -> Positives:
-        """Picks the positive anchors and logs their number per image.
+        """Selects the positive anchors and logs their number per image.
 
         Args:
-            anchors: of each level.
+            anchors: anchors of each level.
             labels: (N, R).
             pred_deltas: per level (N, Hi*Wi, D).
-            gt_boxes: of each image the matched boxes (R, 4).
+            gt_boxes: matched boxes of each image, (R, 4).
         """
         mask = (labels >= 0) & (labels < self.num_classes)
         picked = Boxes.cat(anchors).tensor.expand(len(labels), -1, -1)[mask]

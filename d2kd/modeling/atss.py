@@ -1,6 +1,6 @@
 """ATSS: Bridging the Gap Between Anchor-based and Anchor-free Detection via Adaptive Training Sample Selection.
 
-arXiv 1912.02424, the variant with one square anchor per place.
+arXiv 1912.02424, the variant with one square anchor per location.
 """
 
 from typing import Any, Callable, Dict, List, Tuple, Union
@@ -25,13 +25,13 @@ DELTA_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 
 
 class ATSSHead(FCOSHead):
-    """FCOS's head, centerness in ``ctrness``, with a learnable scale of the box deltas per level.
+    """FCOS's head (centerness in ``ctrness``) with a learnable scale of the box deltas per level.
 
     Args:
-        input_shape: one per level, all of the same channels.
+        input_shape: the shape of each level, all with the same number of channels.
         conv_dims: channels of the towers' convolutions.
         norm: name of a norm ("GN" has 32 groups), or a function from channels to a module.
-        **kwargs: ``num_classes`` and ``prior_prob``, the class score that the head starts from.
+        **kwargs: ``num_classes``, and ``prior_prob``, the class score at initialization.
     """
 
     def __init__(
@@ -53,8 +53,7 @@ class ATSSHead(FCOSHead):
             features: per level (N, C, Hi, Wi).
 
         Returns:
-            Each per level: class logits (N, K, Hi, Wi), scaled box deltas (N, 4, Hi, Wi), centerness logits
-            (N, 1, Hi, Wi).
+            Per level: class logits (N, K, Hi, Wi), scaled box deltas (N, 4, Hi, Wi), centerness logits (N, 1, Hi, Wi).
         """
         logits, deltas, centerness = [], [], []
         for level, feature in enumerate(features):
@@ -67,11 +66,11 @@ class ATSSHead(FCOSHead):
 
 @META_ARCH_REGISTRY.register()
 class ATSS(AnchorPointDetector):
-    """The detector.
+    """The ATSS detector.
 
     Args:
-        focal_loss_alpha: alpha of the class loss.
-        focal_loss_gamma: its gamma.
+        focal_loss_alpha: alpha of the focal loss.
+        focal_loss_gamma: gamma of the focal loss.
         cls_weight: weight of the focal loss.
         box_weight: weight of the GIoU loss.
         centerness_weight: weight of the centerness loss.
@@ -109,10 +108,10 @@ class ATSS(AnchorPointDetector):
         gt_boxes: List[Tensor],
         *rest: List[Tensor],
     ) -> Dict[str, Tensor]:
-        """Focal loss, GIoU loss and binary cross entropy of centerness, see :meth:`AnchorPointDetector.losses`.
+        """Computes focal loss, GIoU loss and BCE of centerness, see :meth:`AnchorPointDetector.losses`.
 
-        The box loss is weighted by each anchor's centerness target and divided by the sum of these, averaged over
-        workers and at least 1.
+        The box loss of each anchor is weighted by its centerness target. The sum is divided by the sum of these
+        targets, averaged over workers and at least 1.
 
         Returns:
             ``loss_cls``, ``loss_bbox``, ``loss_centerness``.

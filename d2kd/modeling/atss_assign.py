@@ -1,4 +1,4 @@
-"""ATSS: which anchors learn which ground-truth box, arXiv 1912.02424, section 3."""
+"""ATSS: assignment of anchors to ground-truth boxes, arXiv 1912.02424, section 3."""
 
 from typing import List, Sequence
 
@@ -7,34 +7,34 @@ from detectron2.structures import Boxes
 from detectron2.structures.boxes import matched_pairwise_iou
 from torch import Tensor
 
-# An anchor's centre must be at least this far inside its box, in pixels.
+# An anchor's center must be farther inside its box than this, in pixels.
 MIN_INSIDE = 0.01
 
 
 @torch.no_grad()
 def assign_atss(anchors: Sequence[Boxes], usable: Tensor, boxes: Boxes, topk: int = 9) -> Tensor:
-    """Assigns the anchors of one image to its boxes, without a loop over boxes and without waiting for the GPU.
+    """Assigns the anchors of one image to its boxes, without a loop over boxes and without a GPU sync.
 
-    The ``topk`` anchors of each level that lie nearest to a box's centre are its candidates. Those of them are
-    positive whose IoU reaches mean + unbiased standard deviation of the candidates' IoU and whose centre lies inside
-    the box. An anchor that several boxes claim goes to the one of largest IoU.
+    The candidates of a box are the ``topk`` anchors of each level that are nearest to its center. A candidate is
+    positive if its IoU is at least the mean + unbiased standard deviation of the candidates' IoUs and its center lies
+    inside the box. An anchor that is positive for several boxes is assigned to the one with the largest IoU.
 
     Args:
         anchors: per level (Ri, 4).
-        usable: (R,) bool over all levels; other anchors are no candidates.
+        usable: (R,) bool over all levels; other anchors cannot be candidates.
         boxes: ground truth, (M, 4).
-        topk: candidates per level, or as many as there are.
+        topk: number of candidates per level; levels with fewer anchors contribute all of them.
 
     Returns:
-        (R,) int64: index of the box, -1 for none.
+        (R,) int64: the index of the box, or -1 for none.
     """
     if len(boxes) == 0:
         return torch.full_like(usable, -1, dtype=torch.long)
-    candidates, taken = nearest_anchors(anchors, usable, boxes, topk)
+    candidates, is_candidate = nearest_anchors(anchors, usable, boxes, topk)
     nearby = Boxes.cat(list(anchors)).tensor[candidates]  # (M, C, 4)
     repeated = boxes.tensor[:, None].expand_as(nearby)
-    iou = matched_pairwise_iou(Boxes(nearby.reshape(-1, 4)), Boxes(repeated.reshape(-1, 4))).view_as(taken)
-    positive = taken & (iou >= iou_thresholds(iou, taken)) & _centres_inside(nearby, repeated)
+    iou = matched_pairwise_iou(Boxes(nearby.reshape(-1, 4)), Boxes(repeated.reshape(-1, 4))).view_as(is_candidate)
+    positive = is_candidate & (iou >= iou_thresholds(iou, is_candidate)) & _centers_inside(nearby, repeated)
     claims = iou.new_full((len(boxes), len(usable)), -1.0)
     claims.scatter_(1, candidates, torch.where(positive, iou, -1.0))
     best, index = claims.max(dim=0)
@@ -42,7 +42,7 @@ def assign_atss(anchors: Sequence[Boxes], usable: Tensor, boxes: Boxes, topk: in
 
 
 def nearest_anchors(anchors: Sequence[Boxes], usable: Tensor, boxes: Boxes, topk: int) -> List[Tensor]:
-    """Indices of each box's candidates among all anchors, (M, C), and (M, C) bool: False where there are fewer."""
+    """Finds each box's nearest anchors: indices into all anchors (M, C), and whether they are usable (M, C) bool."""
     per_level, start = [], 0
     for level in anchors:
         distances = torch.cdist(
@@ -55,29 +55,33 @@ def nearest_anchors(anchors: Sequence[Boxes], usable: Tensor, boxes: Boxes, topk
     return [torch.cat(parts, dim=1) for parts in zip(*per_level)]
 
 
-def iou_thresholds(iou: Tensor, taken: Tensor) -> Tensor:
-    """Mean + unbiased standard deviation of each row where ``taken``, (M, 1); a single value has deviation 0."""
-    count = taken.sum(1, keepdim=True)
-    mean = (iou * taken).sum(1, keepdim=True) / count.clamp(min=1)
-    squares = ((iou - mean) * taken).square().sum(1, keepdim=True)
+def iou_thresholds(iou: Tensor, is_candidate: Tensor) -> Tensor:
+    """Computes mean + unbiased standard deviation of the candidates in each row, (M, 1).
+
+    The standard deviation of a single value counts as 0.
+    """
+    count = is_candidate.sum(1, keepdim=True)
+    mean = (iou * is_candidate).sum(1, keepdim=True) / count.clamp(min=1)
+    squares = ((iou - mean) * is_candidate).square().sum(1, keepdim=True)
     return mean + (squares / (count - 1).clamp(min=1)).sqrt()
 
 
-def _centres_inside(anchors: Tensor, boxes: Tensor) -> Tensor:
-    """Whether the centres of anchors (..., 4) lie inside boxes (..., 4)."""
-    centres = (anchors[..., :2] + anchors[..., 2:]) / 2
-    sides = torch.cat([centres - boxes[..., :2], boxes[..., 2:] - centres], dim=-1)
+def _centers_inside(anchors: Tensor, boxes: Tensor) -> Tensor:
+    """Returns whether the centers of anchors (..., 4) lie inside boxes (..., 4)."""
+    centers = (anchors[..., :2] + anchors[..., 2:]) / 2
+    sides = torch.cat([centers - boxes[..., :2], boxes[..., 2:] - centers], dim=-1)
     return sides.amin(-1) > MIN_INSIDE
 
 
 def starts_in_image(anchors: Boxes, image_size: Sequence[int], divisor: int) -> Tensor:
-    """Tells which anchors belong to an image and not to the padding that a larger image of its batch brings.
+    """Returns which anchors belong to an image, not to the padding caused by larger images in the batch.
 
     An image's own shape is its size rounded up to a multiple of the backbone's size divisibility. An anchor belongs to
-    it if its cell starts inside; with anchors of offset 0 that is the anchor's centre.
+    the image if the top left corner of its cell lies inside that shape; for anchors with offset 0 this corner is the
+    anchor's center.
 
     Args:
-        anchors: (R, 4), of offset 0.
+        anchors: (R, 4), with offset 0.
         image_size: height and width in pixels.
         divisor: the size divisibility; 0 and 1 mean none.
 

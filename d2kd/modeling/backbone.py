@@ -1,4 +1,4 @@
-"""ResNets of any width and depth, and FPNs with a choice of how the extra levels are made."""
+"""ResNets of any width and depth, and FPNs with configurable extra levels."""
 
 import string
 from typing import Dict, List, Sequence
@@ -18,17 +18,18 @@ BLOCKS_OF_DEPTH = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3
 
 
 class ExtraLevels(nn.Module):
-    """Levels on top of an FPN, each a 3x3 convolution of stride 2 of the one before.
+    """Extra levels on top of an FPN, each computed from the previous one by a 3x3 convolution with stride 2.
 
-    detectron2's ``LastLevelP6P7`` always puts a ReLU before P7; the published GFL, ATSS and CrossKD-RetinaNet models
+    detectron2's ``LastLevelP6P7`` always has a ReLU before P7; the published GFL, ATSS and CrossKD-RetinaNet models
     have none. Parameter names are the same.
 
     Args:
         in_channels: channels of ``in_feature``.
         out_channels: channels of the new levels.
-        in_feature: what they start from, see :func:`make_fpn`. They are named after it: p6 follows on "res5".
-        num_levels: how many.
-        relu: put a ReLU between them.
+        in_feature: the input of the first extra level, see :func:`make_fpn`. Levels are numbered after it: "res5" is
+            followed by p6.
+        num_levels: number of extra levels.
+        relu: apply a ReLU between them.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class ExtraLevels(nn.Module):
             self.add_module(f"p{_stage(in_feature) + 1 + level}", conv)
 
     def forward(self, x: Tensor) -> List[Tensor]:
-        """Returns the new levels of an input (N, C, H, W), each half the size of the one before, rounded up."""
+        """Returns the new levels for an input (N, C, H, W), each half the size of the previous one, rounded up."""
         levels: List[Tensor] = []
         for conv in self.children():
             x = conv(F.relu(x) if self.relu and levels else x)
@@ -62,16 +63,16 @@ def make_resnet(
     stride_in_1x1: bool = False,
     in_channels: int = 3,
 ) -> ResNet:
-    """Makes a ResNet of any width; detectron2's own builder has only 64 for basic blocks.
+    """Builds a ResNet of any width; detectron2's own builder supports only a width of 64 for basic blocks.
 
     Args:
         blocks: number of blocks of res2 to res5.
-        width: channels of the stem, and of the 3x3 convolutions of res2; doubled from stage to stage.
-        bottleneck: bottleneck blocks (ResNet-50 and deeper) instead of basic ones.
-        out_features: which stages to return.
+        width: channels of the stem and of the 3x3 convolutions of res2; doubled from stage to stage.
+        bottleneck: use bottleneck blocks (ResNet-50 and deeper) instead of basic ones.
+        out_features: the stages to return.
         norm: see detectron2's ``get_norm``.
-        freeze_at: number of stages to freeze, the stem included.
-        stride_in_1x1: stride in the first 1x1 convolution of a bottleneck (MSRA weights) instead of the 3x3.
+        freeze_at: number of stages to freeze, including the stem.
+        stride_in_1x1: put the stride in the first 1x1 convolution of a bottleneck (MSRA weights) instead of the 3x3.
         in_channels: channels of the image.
     """
     stem = BasicStem(in_channels, width, norm)
@@ -97,10 +98,10 @@ def make_resnet(
 
 
 class LateralFPN(FPN):
-    """An FPN whose extra levels start from the output of the last 1x1 lateral convolution."""
+    """An FPN whose extra levels are computed from the output of the last 1x1 lateral convolution."""
 
     def forward(self, x: Tensor) -> Dict[str, Tensor]:
-        """Returns the levels of images (N, 3, H, W) by name, high to low resolution."""
+        """Returns the levels for images (N, 3, H, W) by name, high to low resolution."""
         stages = self.bottom_up(x)
         merged = self.lateral_convs[0](stages[self.in_features[-1]])
         levels = [self.output_convs[0](merged)] + self.top_block(merged)
@@ -124,21 +125,21 @@ def make_fpn(
     num_extra: int = 2,
     relu: bool = False,
 ) -> FPN:
-    """Makes an FPN with extra levels on top.
+    """Builds an FPN with extra levels on top.
 
     Args:
         bottom_up: a ResNet.
-        in_features: consecutive stages of it; level p3 is made from res3, and so on.
+        in_features: consecutive stages of the ResNet; level p3 is computed from res3, and so on.
         out_channels: channels of the levels.
-        norm: of lateral and output convolutions, see detectron2's ``get_norm``.
-        fuse_type: "sum" or "avg" of lateral and upper level.
-        extra_in_feature: what the extra levels start from, for stages up to res5: "res5", the stage itself; "p5", its
+        norm: norm of the lateral and output convolutions, see detectron2's ``get_norm``.
+        fuse_type: "sum" or "avg" of the lateral and the upper level.
+        extra_in_feature: the input of the extra levels. If the last stage is res5: "res5", the stage itself; "p5", its
             level; "lateral5", the output of its 1x1 lateral convolution.
         num_extra: number of extra levels.
-        relu: put a ReLU between extra levels.
+        relu: apply a ReLU between extra levels.
 
     Raises:
-        D2kdError: there is no such stage, or the extra levels cannot start there.
+        D2kdError: there is no such stage, or the extra levels cannot start from ``extra_in_feature``.
     """
     shapes = bottom_up.output_shape()
     for name in in_features:
@@ -146,7 +147,7 @@ def make_fpn(
     stages = [_stage(name) for name in in_features]
     last = stages[-1]
     if stages != list(range(stages[0], last + 1)):
-        raise D2kdError(f"MODEL.FPN.IN_FEATURES {', '.join(in_features)} leaves stages out or is not in order")
+        raise D2kdError(f"MODEL.FPN.IN_FEATURES is {', '.join(in_features)}; list consecutive stages in order")
     check_choice("MODEL.FPN.EXTRA.IN_FEATURE", extra_in_feature, [f"res{last}", f"p{last}", f"lateral{last}"])
     in_channels = shapes[extra_in_feature].channels if extra_in_feature in shapes else out_channels
     extra = ExtraLevels(in_channels, out_channels, extra_in_feature, num_extra, relu)
@@ -155,16 +156,16 @@ def make_fpn(
 
 
 def _stage(feature: str) -> int:
-    """The number in "res5", "p5" or "lateral5"."""
+    """Returns the number in "res5", "p5" or "lateral5"."""
     return int(feature.lstrip(string.ascii_letters))
 
 
 @BACKBONE_REGISTRY.register()
 def build_extra_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """Builds ResNet and FPN with ``MODEL.RESNETS`` (DEPTH, BLOCKS, STEM_OUT_CHANNELS) and ``MODEL.FPN.EXTRA``."""
+    """Builds a ResNet and FPN from ``MODEL.RESNETS`` (DEPTH, BLOCKS, STEM_OUT_CHANNELS) and ``MODEL.FPN.EXTRA``."""
     resnets, fpn = cfg.MODEL.RESNETS, cfg.MODEL.FPN
     if resnets.DEPTH not in BLOCKS_OF_DEPTH:
-        raise D2kdError(f"MODEL.RESNETS.DEPTH {resnets.DEPTH} is none of {sorted(BLOCKS_OF_DEPTH)}")
+        raise D2kdError(f"MODEL.RESNETS.DEPTH is {resnets.DEPTH}; use one of {sorted(BLOCKS_OF_DEPTH)}")
     bottom_up = make_resnet(
         resnets.BLOCKS or BLOCKS_OF_DEPTH[resnets.DEPTH],
         width=resnets.STEM_OUT_CHANNELS,

@@ -1,4 +1,4 @@
-"""Decoding of boxes as the published methods do it."""
+"""Box decoding as in the published methods."""
 
 from typing import Any, Tuple
 
@@ -10,16 +10,16 @@ from torch import Tensor
 def decode_boxes(transform: Any, deltas: Tensor, anchors: Tensor) -> Tensor:
     """Applies box deltas to anchors.
 
-    Log-scale deltas are clamped on both sides, where detectron2 clamps from above only: so the published methods'
-    box coder does it, and a box that shrinks below 1/62 of its anchor would otherwise lose its area in float32.
+    Log-scale deltas are clamped from both sides, as in the published methods; detectron2 clamps from above only. A box
+    that shrinks below 1/62 of its anchor would otherwise have no area in float32.
 
     Args:
-        transform: detectron2's box coder of the detector.
-        deltas: (M*R, D), M images one after the other.
+        transform: the detector's box coder.
+        deltas: (M*R, D), image after image.
         anchors: (R, 4).
 
     Returns:
-        (M*R, 4) XYXY boxes in pixels.
+        Boxes (M*R, 4), XYXY in pixels.
     """
     if isinstance(transform, Box2BoxTransform):
         deltas = clamp_log_sizes(deltas, transform.weights, transform.scale_clamp)
@@ -27,7 +27,7 @@ def decode_boxes(transform: Any, deltas: Tensor, anchors: Tensor) -> Tensor:
 
 
 def clamp_log_sizes(deltas: Tensor, weights: Tuple[float, float, float, float], scale_clamp: float) -> Tensor:
-    """Clamps the log-scale deltas of a ``Box2BoxTransform`` from below as it does from above, (..., 4)."""
+    """Clamps the log-scale deltas (..., 4) of a ``Box2BoxTransform`` from below too."""
     widths = deltas[..., 2:3].clamp(min=-weights[2] * scale_clamp)
     heights = deltas[..., 3:].clamp(min=-weights[3] * scale_clamp)
     return torch.cat([deltas[..., :2], widths, heights], dim=-1)

@@ -1,13 +1,14 @@
-"""FCOS for YAML configs and as a student, with the options that published recipes set.
+"""FCOS with YAML config support and the options of published recipes.
 
 FCOS: Fully Convolutional One-Stage Object Detection, arXiv 1904.01355 and 2006.09214.
 
-With its defaults this is detectron2's own FCOS. Its options make it the FCOS of other code bases, each on its own; the
-one that CrossKD (arXiv 2306.11369) distils has all of: ``box_scales``, ``box_exp``, ``ctrness_on_cls``,
+With the defaults this is detectron2's own FCOS. Each option changes one detail to match other implementations. The FCOS
+that CrossKD (arXiv 2306.11369) distills uses all of ``box_scales``, ``box_exp``, ``ctrness_on_cls``,
 ``tower_bias=False``, ``center_sampling_radius=0``, ``box_reg_loss_type="iou_log"``, ``loss_normalizer="batch"``,
-``score_rule="product"`` and ``clip_before_nms``. Rare ties stay detectron2's, and no measured number covers them: a
-place whose farthest side lies at exactly the distance that divides two levels is positive on neither, and of boxes
-whose areas differ by less than 8 squared pixels the first wins, not surely the smallest.
+``score_rule="product"`` and ``clip_before_nms``. Rare ties are resolved as in detectron2 and are not covered by any
+measured number: a location whose farthest side lies exactly at the distance that separates two levels is positive on
+neither, and among boxes whose areas differ by less than 8 squared pixels the first one wins, not necessarily the
+smallest.
 """
 
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
@@ -37,14 +38,14 @@ class FCOSHead(fcos.FCOSHead):
     """detectron2's FCOS head with the box and centerness outputs of the FCOS paper as options.
 
     Args:
-        input_shape: one per level, all of the same channels.
+        input_shape: the shape of each level, all with the same number of channels.
         conv_dims: channels of the towers' convolutions.
         norm: name of a norm, or a function from channels to a module.
-        box_scales: multiply the box output of each level by a scalar that is learnt.
-        box_exp: take the exponential, which gives distances in pixels (an :class:`FCOS` of these needs the same
-            option); otherwise negative distances count as 0 and the unit is the level's stride.
+        box_scales: multiply the box output of each level by a learned scalar.
+        box_exp: apply the exponential function, which gives distances in pixels (:class:`FCOS` needs the same option);
+            otherwise negative distances count as 0 and the unit is the level's stride.
         ctrness_on_cls: predict centerness from the class tower (arXiv 1904.01355) instead of the box tower.
-        tower_bias: keep the biases of the towers' convolutions that a norm follows; published heads have none.
+        tower_bias: keep the biases of tower convolutions that are followed by a norm; published heads have none.
         **kwargs: ``num_classes``, ``prior_prob``.
     """
 
@@ -74,8 +75,8 @@ class FCOSHead(fcos.FCOSHead):
             features: per level (N, C, Hi, Wi).
 
         Returns:
-            Each per level: logits (N, K, Hi, Wi); distances of the place to the left, top, right and bottom side of
-            the box (N, 4, Hi, Wi), see the class; centerness logits (N, 1, Hi, Wi).
+            Per level: class logits (N, K, Hi, Wi); distances from the location to the left, top, right and bottom side
+            of the box (N, 4, Hi, Wi), see the class; centerness logits (N, 1, Hi, Wi).
         """
         logits, distances, centerness = [], [], []
         for level, feature in enumerate(features):
@@ -85,7 +86,7 @@ class FCOSHead(fcos.FCOSHead):
             distance = self.bbox_pred(box_feature)
             if self.scales is not None:
                 distance = self.scales[level] * distance
-            if self.box_exp:  # in float32: half precision overflows above 11
+            if self.box_exp:  # in float32, since half precision overflows above 11
                 distance = distance.float().exp()
             distances.append(distance)
         return logits, distances, centerness
@@ -93,31 +94,32 @@ class FCOSHead(fcos.FCOSHead):
 
 @META_ARCH_REGISTRY.register()
 class FCOS(OneAnchorDetector, fcos.FCOS):
-    """detectron2's FCOS, built from ``MODEL.FCOS`` too and with the options of published recipes.
+    """detectron2's FCOS, which can also be built from ``MODEL.FCOS`` and has the options of published recipes.
 
     Args:
         backbone: feature pyramid.
         head: a :class:`FCOSHead`.
         num_classes: number of classes K.
-        pixel_mean: subtracted from the image's channels.
-        pixel_std: they are divided by it.
-        head_in_features: names of the levels, high to low resolution; by default all of the backbone.
-        box_exp: the head gives distances in pixels, as with its option of that name.
-        center_sampling_radius: how far from the centre of a box a place may lie to be positive, in strides;
+        pixel_mean: mean of each channel, subtracted from the image.
+        pixel_std: standard deviation of each channel; the image is divided by it.
+        head_in_features: names of the levels, high to low resolution; by default all levels of the backbone.
+        box_exp: the head predicts distances in pixels; must equal the head's option of the same name.
+        center_sampling_radius: maximum distance of a positive location from the center of its box, in strides;
             0 allows the whole box.
         box_reg_loss_type: "giou", or "iou_log" for -log IoU.
-        loss_normalizer: "ema" divides all losses by a running mean of each worker's number of positive places.
-            "batch" divides class and centerness loss by the batch's own number averaged over workers, at least 1,
-            weighs the box loss of each place by its centerness target and divides by the sum of these.
-        score_rule: what detections are ranked by. "sqrt": sqrt(class * centerness score), also against the threshold
-            and in the choice of candidates (arXiv 2006.09214). "product": threshold and candidates by class score, NMS
-            and ranking by class * centerness score (arXiv 1904.01355).
-        clip_before_nms: clip boxes to the image, and drop those without area, before NMS instead of at the very end.
+        loss_normalizer: "ema" divides all losses by a running mean of each worker's number of positive locations.
+            "batch" divides the class and centerness losses by the batch's own number, averaged over workers and at
+            least 1; it weights the box loss of each location by its centerness target and divides the sum by the sum of
+            these targets.
+        score_rule: how detections are scored. "sqrt": sqrt(class * centerness score) for the threshold, candidates, NMS
+            and ranking (arXiv 2006.09214). "product": class score for the threshold and candidates, class * centerness
+            score for NMS and ranking (arXiv 1904.01355).
+        clip_before_nms: clip boxes to the image and drop empty ones before NMS instead of at the very end.
         input_format: channel order of the images, "BGR" or "RGB".
-        **kwargs: detectron2's FCOS has more: ``focal_loss_alpha``, ``test_score_thresh`` ...
+        **kwargs: other arguments of detectron2's FCOS: ``focal_loss_alpha``, ``test_score_thresh`` ...
 
     Raises:
-        D2kdError: an option has none of its values, or the head's ``box_exp`` is another.
+        D2kdError: an option has an unknown value, or the head's ``box_exp`` differs.
     """
 
     config_node = "FCOS"
@@ -146,7 +148,7 @@ class FCOS(OneAnchorDetector, fcos.FCOS):
         check_choice("MODEL.FCOS.LOSS_NORMALIZER", loss_normalizer, LOSS_NORMALIZERS)
         check_choice("MODEL.FCOS.SCORE_RULE", score_rule, SCORE_RULES)
         if getattr(head, "box_exp", False) != box_exp:
-            raise D2kdError(f"FCOS has box_exp={box_exp} and its head the other; give both the same")
+            raise D2kdError(f"FCOS has box_exp={box_exp} and its head has box_exp={not box_exp}; set both to the same")
         super().__init__(
             backbone=backbone,
             head=head,
@@ -177,20 +179,20 @@ class FCOS(OneAnchorDetector, fcos.FCOS):
         gt_boxes: List[Tensor],
         pred_centerness: List[Tensor],
     ) -> Dict[str, Tensor]:
-        """As detectron2's, with this detector's box loss and normalisers.
+        """Computes detectron2's losses, with this detector's box loss and normalizers.
 
         Args:
-            anchors: of each level.
+            anchors: anchors of each level.
             pred_logits: per level (N, Hi*Wi, K).
-            gt_labels: of each image (R,), K is background.
+            gt_labels: labels of each image, (R,), where K is background.
             pred_anchor_deltas: distances, per level (N, Hi*Wi, 4).
-            gt_boxes: of each image the matched boxes (R, 4).
+            gt_boxes: matched boxes of each image, (R, 4).
             pred_centerness: logits, per level (N, Hi*Wi, 1).
 
         Returns:
             ``loss_fcos_cls``, ``loss_fcos_loc``, ``loss_fcos_ctr``; without ground truth the last two are 0.
         """
-        # detectron2's loss raises on half precision, as autocast gives it; float32 goes through unchanged.
+        # detectron2's losses raise an error for the half precision of autocast; float32 is not changed by this.
         pred_logits, pred_anchor_deltas, pred_centerness = (
             [level.float() for level in output] for output in (pred_logits, pred_anchor_deltas, pred_centerness)
         )
@@ -218,7 +220,7 @@ class FCOS(OneAnchorDetector, fcos.FCOS):
         return _named(cls_loss / num_pos, (box_losses * targets).sum() / ctr_sum, ctr_loss / num_pos)
 
     def _box_losses(self, anchors: List[Boxes], deltas: Tensor, gt_boxes: List[Tensor], positive: Tensor) -> Tensor:
-        """Box loss of each positive place, (P,)."""
+        """Returns the box loss of each positive location, (P,)."""
         boxes = decode_boxes(self.box2box_transform, deltas.flatten(0, 1), Boxes.cat(anchors).tensor)
         return BOX_LOSSES[self.box_reg_loss_type](boxes.view_as(deltas)[positive], torch.stack(gt_boxes)[positive])
 

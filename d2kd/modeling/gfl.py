@@ -1,6 +1,6 @@
 """GFL: Generalized Focal Loss, arXiv 2006.04388.
 
-Class scores learn the IoU of their box, and each side of a box is a distribution of distances.
+Class scores predict the IoU of their box, and each side of a box is predicted as a distribution of distances.
 """
 
 from typing import Any, Callable, Dict, List, Tuple, Union
@@ -22,15 +22,15 @@ from .one_anchor import drop_tower_biases
 
 
 class GFLHead(RetinaNetHead):
-    """RetinaNet's head with distributions for boxes and a learnable scale per level.
+    """RetinaNet's head with box distributions and a learnable scale per level.
 
     Args:
-        input_shape: one per level, all of the same channels.
+        input_shape: the shape of each level, all with the same number of channels.
         num_classes: number of classes K.
         conv_dims: channels of the towers' convolutions.
         reg_max: each side of a box has reg_max + 1 bins.
         norm: name of a norm ("GN" has 32 groups), or a function from channels to a module.
-        **kwargs: ``prior_prob``, the class score that the head starts from.
+        **kwargs: ``prior_prob``, the class score at initialization.
     """
 
     def __init__(
@@ -65,8 +65,8 @@ class GFLHead(RetinaNetHead):
             features: per level (N, C, Hi, Wi).
 
         Returns:
-            Each per level: class logits (N, K, Hi, Wi), and logits of the distances of the left, top, right and bottom
-            side (N, 4*(reg_max+1), Hi, Wi), scaled.
+            Per level: class logits (N, K, Hi, Wi), and scaled logits of the distances of the left, top, right and
+            bottom side (N, 4*(reg_max+1), Hi, Wi).
         """
         logits, distributions = [], []
         for level, feature in enumerate(features):
@@ -77,7 +77,7 @@ class GFLHead(RetinaNetHead):
 
 @META_ARCH_REGISTRY.register()
 class GFL(AnchorPointDetector):
-    """The detector.
+    """The GFL detector.
 
     Args:
         head: a :class:`GFLHead`.
@@ -120,10 +120,10 @@ class GFL(AnchorPointDetector):
         gt_boxes: List[Tensor],
         *rest: List[Tensor],
     ) -> Dict[str, Tensor]:
-        """Quality focal loss, GIoU loss and distribution focal loss, see :meth:`AnchorPointDetector.losses`.
+        """Computes quality focal, GIoU and distribution focal loss, see :meth:`AnchorPointDetector.losses`.
 
-        Box losses are weighted by each anchor's highest class score and divided by the sum of these, averaged over
-        workers and at least 1.
+        The box losses of each anchor are weighted by its highest class score. The sum is divided by the sum of these
+        scores, averaged over workers and at least 1.
 
         Returns:
             ``loss_cls``, ``loss_bbox``, ``loss_dfl``.
@@ -146,7 +146,7 @@ class GFL(AnchorPointDetector):
         }
 
     def _side_losses(self, positives: Positives) -> Tensor:
-        """Distribution focal loss of each positive anchor, the mean over its four sides, (P,)."""
+        """Returns the distribution focal loss of each positive anchor, averaged over its four sides, (P,)."""
         targets = self.box2box_transform.get_deltas(positives.anchors, positives.boxes)
         bins = positives.deltas.unflatten(1, (4, -1)).flatten(0, 1)
         return distribution_focal_loss(bins, targets.flatten()).view(-1, 4).mean(1)

@@ -1,9 +1,9 @@
-"""What GFL, ATSS and FCOS share: one anchor per place, a config node made from signatures, and inference.
+"""The common base of GFL, ATSS and FCOS: one anchor per location, a config node from signatures, and inference.
 
-What inference runs is written for TorchScript and tracing: plain loops, no ``super()``, no ``Sequence``.
+Inference code must work with TorchScript and tracing: plain loops, no ``super()``, no ``Sequence``.
 """
 
-from typing import Any, ClassVar, Dict, List, Tuple, Type
+from typing import TYPE_CHECKING, Any, ClassVar, Dict, List, Tuple, Type
 
 import torch
 from detectron2.config import CfgNode
@@ -14,31 +14,44 @@ from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
 
+from ..contract import AnchorGenerator, BoxCoder, check_distills
 from ..errors import D2kdError, check_choice
 from ..signatures import defaults
 from ..workers import at_least_one
 
-# The same for all detectors of a config: TEST.DETECTIONS_PER_IMAGE and INPUT.FORMAT.
+# Not part of the node: they come from TEST.DETECTIONS_PER_IMAGE and INPUT.FORMAT, shared by all detectors.
 _SHARED_OPTIONS = ("max_detections_per_image", "input_format")
 
 
 class OneAnchorDetector(DenseDetector):
-    """A dense detector with one anchor per place; a base or mixin for those that follow.
+    """A base class or mixin for dense detectors with one anchor per location.
 
-    Subclasses set these in their ``__init__`` (TorchScript does not see attributes of the class): RetinaNet's
-    ``anchor_generator``, ``box2box_transform`` and test options; ``score_rule``, what detections are ranked by ("class"
-    score alone, or as :class:`FCOS` has it); ``clip_before_nms``, as :class:`FCOS` has it.
+    Subclasses set these attributes in ``__init__``, because TorchScript does not see class attributes: RetinaNet's
+    ``anchor_generator``, ``box2box_transform`` and test options; ``score_rule``, either "class" for the class score
+    alone or one of the rules of :class:`FCOS`; and ``clip_before_nms``, see :class:`FCOS`.
     """
 
-    #: Name of the config node under MODEL, and the head's class that it configures.
+    #: Name of the config node under MODEL, and the class of the head that it configures.
     config_node: ClassVar[str]
     head_class: ClassVar[Type[RetinaNetHead]]
     #: See :class:`DistillMetaArch`.
     sync_normalizer = False
 
+    if TYPE_CHECKING:  # TorchScript would read these declarations
+        pixel_mean: Tensor
+        pixel_std: Tensor
+        num_classes: int
+        anchor_generator: AnchorGenerator
+        box2box_transform: BoxCoder
+        test_score_thresh: float
+        test_topk_candidates: int
+        test_nms_thresh: float
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
     @classmethod
     def config_defaults(cls) -> Dict[str, Any]:
-        """The config node of this detector: keys and default values, from the signatures where they stand."""
+        """Returns the keys and default values of this detector's config node, read from the signatures."""
         options = {**cls._head_options(), **cls._options()}
         return {
             "NUM_CLASSES": 80,
@@ -49,7 +62,7 @@ class OneAnchorDetector(DenseDetector):
 
     @classmethod
     def _options(cls) -> Dict[str, Any]:
-        """The detector's own keys of its node, with defaults."""
+        """Returns the detector's own options, without those of the head, and their defaults."""
         raise NotImplementedError
 
     @classmethod
@@ -58,6 +71,8 @@ class OneAnchorDetector(DenseDetector):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> Dict[str, Any]:
+        if "DISTILL" in cfg.MODEL:
+            check_distills(cls, cfg.MODEL.DISTILL)
         node = cfg.MODEL[cls.config_node]
         backbone = build_backbone(cfg)
         shapes = backbone.output_shape()
@@ -66,7 +81,9 @@ class OneAnchorDetector(DenseDetector):
         input_shape = [shapes[name] for name in node.IN_FEATURES]
         channels = input_shape[0].channels
         if node.NORM == "GN" and channels % 32:
-            raise D2kdError(f"MODEL.{cls.config_node}.NORM GN needs MODEL.FPN.OUT_CHANNELS in 32s, not {channels}")
+            raise D2kdError(
+                f"MODEL.{cls.config_node}.NORM GN needs MODEL.FPN.OUT_CHANNELS divisible by 32, not {channels}"
+            )
         return {
             "backbone": backbone,
             "head": cls.head_class(
@@ -85,26 +102,26 @@ class OneAnchorDetector(DenseDetector):
         }
 
     def _at_least_one(self, normalizer: Tensor) -> Tensor:
-        """Clamps a normaliser that was averaged over workers, as published or as ``sync_normalizer`` says."""
+        """Clamps a normalizer averaged over workers, as published or, with ``sync_normalizer``, over all workers."""
         return at_least_one(normalizer) if self.sync_normalizer else normalizer.clamp(min=1)
 
     def _per_anchor(self, predictions: List[List[Tensor]]) -> List[List[Tensor]]:
-        """The head's outputs as per level (N, Hi*Wi, channels)."""
+        """Reshapes the head's outputs to (N, Hi*Wi, channels) per level."""
         return self._transpose_dense_predictions(predictions, [output[0].shape[1] for output in predictions])
 
     def forward_inference(
         self, images: ImageList, features: List[Tensor], predictions: List[List[Tensor]]
     ) -> List[Instances]:
-        """Detections of each image, best first.
+        """Returns the detections of each image, best first.
 
         Args:
-            images: what the features were made of; its sizes count.
+            images: the batch; only its image sizes are used.
             features: per level (N, C, Hi, Wi).
-            predictions: class logits, box predictions and maybe centerness logits, each per level
+            predictions: class logits, box predictions and optionally centerness logits, each per level
                 (N, channels, Hi, Wi).
 
         Returns:
-            Of each image ``pred_boxes``, ``scores`` and ``pred_classes``, in the image's own pixels.
+            ``pred_boxes``, ``scores`` and ``pred_classes`` of each image, in pixels of the preprocessed image.
         """
         anchors = self.anchor_generator(features)
         outputs = self._per_anchor(predictions)
@@ -117,12 +134,12 @@ class OneAnchorDetector(DenseDetector):
         return results
 
     def _candidates(self, anchors: Boxes, outputs: List[Tensor], image_size: Tuple[int, int]) -> Instances:
-        """The candidates of one level of one image; detectron2's own cannot add centerness after its selection."""
+        """Selects candidates of one level of one image; unlike detectron2's, it can apply centerness afterwards."""
         scores = outputs[0].float().sigmoid()
         if self.score_rule == "sqrt":
             scores = torch.sqrt(scores * outputs[2].float().sigmoid())
         above = scores > self.test_score_thresh
-        # Sorted and then cut, because top-k of a number that depends on the image cannot be traced.
+        # Sort and slice, because tracing does not support topk with a k that depends on the image.
         best, order = scores[above].sort(descending=True, stable=True)
         best, order = best[: self.test_topk_candidates], order[: self.test_topk_candidates]
         places, classes = above.nonzero()[order].unbind(1)
@@ -132,7 +149,7 @@ class OneAnchorDetector(DenseDetector):
         return Instances(image_size, pred_boxes=boxes, scores=best, pred_classes=classes)
 
     def _suppress(self, found: Instances) -> Instances:
-        """The detections among an image's candidates, best first."""
+        """Applies NMS to the candidates of an image and returns its detections, best first."""
         if self.clip_before_nms:
             found.pred_boxes.clip(found.image_size)
             found = found[found.pred_boxes.nonempty()]
@@ -141,7 +158,7 @@ class OneAnchorDetector(DenseDetector):
 
 
 def drop_tower_biases(head: RetinaNetHead) -> None:
-    """Takes the biases of convolutions that a norm follows, as the published heads have none there."""
+    """Removes the biases of convolutions that are followed by a norm, as in the published heads."""
     for tower in (head.cls_subnet, head.bbox_subnet):
         for layer, following in zip(tower, tower[1:]):
             if isinstance(layer, nn.Conv2d) and not isinstance(following, nn.ReLU):
@@ -149,12 +166,15 @@ def drop_tower_biases(head: RetinaNetHead) -> None:
 
 
 def config_options(cls: type, base: type) -> Dict[str, Any]:
-    """What a detector's config node says of a class: arguments of it and its bases, as far up as ``base``."""
+    """Returns the options that a config node has for a class: keyword arguments of the class and its bases up to base.
+
+    Arguments without a default, with None as default, or shared by all detectors are left out.
+    """
     own = defaults(cls, base)
     return {name: value for name, value in own.items() if value is not None and name not in _SHARED_OPTIONS}
 
 
 def config_key(name: str) -> str:
-    """The config key of a keyword argument; detectron2 says SCORE_THRESH_TEST for ``test_score_thresh``."""
+    """Returns the config key of a keyword argument; as in detectron2, ``test_score_thresh`` is SCORE_THRESH_TEST."""
     test, _, option = name.partition("test_")
     return f"{option}_TEST".upper() if option and not test else name.upper()

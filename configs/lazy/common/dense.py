@@ -1,4 +1,4 @@
-"""What GFL, ATSS and FCOS of the published recipes share, as Base-dense.yaml: 12 epochs of COCO."""
+"""Common parts of the published GFL, ATSS and FCOS recipes, equivalent to Base-dense.yaml: 12 epochs of COCO."""
 
 from detectron2 import model_zoo
 from detectron2.config import LazyCall as L
@@ -14,7 +14,7 @@ ITERATIONS_PER_EPOCH = 7330  # train2017 has 117266 images with annotations, 16 
 
 
 def schedule(epochs, steps, warmup_method="linear", warmup_factor=0.001):
-    """The learning rate over so many epochs, a tenth of it after each of the steps."""
+    """Learning rate schedule over a number of epochs, divided by 10 after each of the steps."""
     return L(WarmupParamScheduler)(
         scheduler=L(MultiStepParamScheduler)(values=[1.0, 0.1, 0.01], milestones=[*steps, epochs]),
         warmup_length=500 / (epochs * ITERATIONS_PER_EPOCH),
@@ -24,12 +24,12 @@ def schedule(epochs, steps, warmup_method="linear", warmup_factor=0.001):
 
 
 def resnet(depth):
-    """A ResNet for torchvision's weights."""
+    """ResNet for torchvision's weights."""
     return L(make_resnet)(blocks=list(BLOCKS_OF_DEPTH[depth]), bottleneck=depth >= 50)
 
 
 def detector(detector_class, head_class, **options):
-    """A detector of 80 classes on ResNet-50."""
+    """Detector with 80 classes and a ResNet-50 backbone."""
     return L(detector_class)(
         backbone=L(FPN)(
             bottom_up=resnet(50),

@@ -1,4 +1,4 @@
-"""Turns the config of a detector into that of a student."""
+"""Converts the config of a detector to that of a student."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ WEIGHTS = {
 
 
 def distill(model, student, teacher, methods):
-    """Sets class, teacher (a YAML config and mmdetection's weights of the same detector) and methods of a model."""
+    """Sets the class, the teacher (a YAML config with mmdetection's weights for it) and the methods of a model."""
     model._target_ = student
     model.teacher = L(load_teacher)(
         config_file=str(Path(__file__).parents[2] / f"{teacher}.yaml"), weights=MMDET + WEIGHTS[teacher]

@@ -1,4 +1,4 @@
-"""FCOS as CrossKD's authors train and distil it, as Base-FCOS.yaml: 24 epochs at two scales."""
+"""FCOS as trained and distilled by CrossKD's authors, equivalent to Base-FCOS.yaml: 24 epochs at two scales."""
 
 from detectron2.config import LazyCall as L
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ...checkpoint import files
-from ...checkpoint.run_checkpoints import told_on_failure
+from ...checkpoint.run_checkpoints import report_write_errors
 from ...errors import D2kdError
 from ...keys import key
 
@@ -44,7 +44,7 @@ class EMA(HookBase):
     def after_step(self) -> None:
         self._averaged.update_parameters(self.model)
         if comm.is_main_process() and self.trainer.iter + 1 >= self.trainer.max_iter:
-            with told_on_failure(self.path):
+            with report_write_errors(self.path):
                 files.write(self.path, {"model": self.average.state_dict()})
 
     def state_dict(self) -> Dict[str, Tensor]:

@@ -2,14 +2,14 @@
 
 import signal
 from contextlib import ExitStack
-from typing import Any, Dict, List, NoReturn, Sequence
+from typing import Any, Dict, List, NoReturn, Optional, Sequence
 
 import torch
 from detectron2.engine import HookBase, SimpleTrainer
 from detectron2.utils import comm
 from torch import Tensor, nn
 
-from ...diagnose.finite import levels_not_finite
+from ...diagnose.finite import levels_after_error
 from ...errors import D2kdError
 
 
@@ -64,7 +64,7 @@ class Watch(HookBase):
             error: what the step raised.
         """
         if isinstance(error, (AssertionError, FloatingPointError, ValueError)) and not isinstance(error, D2kdError):
-            levels = self._levels()
+            levels = self._levels(error)
             if levels:
                 raise D2kdError(f"iteration {self.trainer.iter}{levels} on images {self._images()}") from error
 
@@ -91,11 +91,11 @@ class Watch(HookBase):
         wrong = [f"{key} is {loss.item()}" for key, loss in self._losses.items() if not loss.isfinite()]
         return f"{', '.join(wrong)}{self._levels()} on images {self._images()}" if wrong else ""
 
-    def _levels(self) -> str:
+    def _levels(self, error: Optional[Exception] = None) -> str:
         model = self.trainer.model
         while hasattr(model, "module"):  # DDP, Autocast
             model = model.module
-        levels = levels_not_finite(model, self._batch)
+        levels = levels_after_error(error, model, self._batch)
         return f" (not finite already: {', '.join(levels)})" if levels else ""
 
     def _images(self) -> str:

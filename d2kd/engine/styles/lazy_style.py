@@ -22,7 +22,7 @@ from ...data.evaluators import build_evaluator
 from ...data.loader import build_train_loader
 from ...data.randomness import seeded
 from ...errors import D2kdError, nearest
-from ...signatures import parameters
+from ...signatures import arguments
 from ..devices import usable_device
 from ..recipe import Recipe
 
@@ -114,7 +114,7 @@ class LazyRecipe(Recipe):
         node = self._evaluating(name).get("evaluator")
         if node is None:
             return build_evaluator(name, self.evaluation_folder(name))
-        if node.get("output_dir") is None and "output_dir" in parameters(_located(node)):
+        if node.get("output_dir") is None and "output_dir" in arguments(_located(node)):
             node.output_dir = self.evaluation_folder(name)
         return instantiate(node)
 
@@ -220,4 +220,4 @@ def known_keys(node: Any) -> List[str]:
         return [str(i) for i in range(len(node))]
     if not isinstance(node, DictConfig):
         return []
-    return [str(key) for key in node] + (list(parameters(_located(node))) if "_target_" in node else [])
+    return [str(key) for key in node] + (list(arguments(_located(node))) if "_target_" in node else [])

@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
-from ...config import detector_node, drop_teacher, load_config, rates_and_batches
+from ...config import detector_node, load_config, rates_and_batches
 from ...data.bad_images import EvaluationMapper
 from ...data.evaluators import build_evaluator
 from ...data.loader import build_train_loader
@@ -113,9 +113,7 @@ class YamlRecipe(Recipe):
 
 def load_yaml(config_file: str, opts: Sequence[str], eval_only: bool) -> YamlRecipe:
     """Loads a config with overrides ``KEY value``; without its teacher to evaluate only."""
-    config = load_config(config_file, opts)
+    config = load_config(config_file, opts, with_teacher=not eval_only)
     config.MODEL.DEVICE = usable_device(config.MODEL.DEVICE)
-    if eval_only:
-        drop_teacher(config)
     config.freeze()
     return YamlRecipe(config, config_file, opts)
