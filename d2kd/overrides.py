@@ -58,7 +58,7 @@ def apply_override(config: DictConfig, override: str) -> DictConfig:
         after = OmegaConf.select(config, key)
         OmegaConf.to_container(config, resolve=True)
     except (HydraException, OmegaConfBaseException, NotImplementedError, KeyError, ValueError, SyntaxError) as error:
-        reason = str(error.args[0] if error.args else error).strip().split("\n")[0]
+        reason = str(error.args[0] if error.args else error).strip().split("\n")[0].rstrip(".")
         raise D2kdError(f"override {override!r} cannot be applied: {reason}") from error
     if not _fits(after, kinds):
         raise D2kdError(f"override {override!r}: {key} must be {' or '.join(sorted(kinds))}")

@@ -5,7 +5,9 @@ which nothing can run is reported by its key instead of by whatever it breaks.
 """
 
 import math
-from fnmatch import fnmatchcase
+import re
+from fnmatch import translate
+from functools import lru_cache
 from typing import Any, Callable, Dict, Iterator, List, Mapping, Tuple
 
 from .errors import D2kdError, check_choice
@@ -151,6 +153,10 @@ RANGES: Dict[str, Tuple[Test, str]] = {
     "MODEL.DISTILL.*.BETA model.methods.*.beta": (_not_negative, "0 or more"),
     "MODEL.DISTILL.*.CUT model.methods.*.cut": (_whole, "0 or more convolutions"),
     "MODEL.DISTILL.*.VLR_TOPK model.methods.*.vlr_topk": (is_count, "1 or more"),
+    "MODEL.DISTILL.TEACHER.OPTS": (
+        _list_of(lambda x: not isinstance(x, (list, tuple, dict)), empty=True),
+        "a list of overrides: KEY, value, ...",
+    ),
     "MODEL.DISTILL.FEATURES": (_list_of(_text, empty=True), "a list of paths of modules"),
     "MODEL.DISTILL.METHODS": (_list_of(_either(_text, lambda x: isinstance(x, dict)), empty=True), "a list of methods"),
     "MODEL.DISTILL.INHERIT": (_list_of(_text, empty=True), "a list of neck and head"),
@@ -386,8 +392,14 @@ def _check_rates(config: _Named) -> str:
 
 
 def _matching(values: Mapping[str, Any], patterns: str, is_lazy: bool) -> List[str]:
+    wanted = _expression(patterns, is_lazy)
+    return [key for key in values if wanted.match(key)]
+
+
+@lru_cache(maxsize=None)
+def _expression(patterns: str, is_lazy: bool) -> "re.Pattern[str]":
     wanted = [LAZY.get(pattern, pattern) if is_lazy else pattern for pattern in patterns.split()]
-    return [key for key in values if any(fnmatchcase(key, pattern) for pattern in wanted)]
+    return re.compile("|".join(map(translate, wanted)))
 
 
 def _holds(is_valid: Test, value: Any) -> bool:

@@ -19,7 +19,7 @@ from d2kd.engine import main
 #: Seed and number of examples of each fuzz test; the terminal summary prints the seed.
 SEED = int(os.environ.get("D2KD_FUZZ_SEED") or random.SystemRandom().randrange(10**6))
 EXAMPLES = int(os.environ.get("D2KD_FUZZ_EXAMPLES") or 40)
-TIMEOUT = 120  # seconds of one example
+TIMEOUT = 60  # seconds of computing in one example
 # Names of exceptions that Python and torch raise; a message with one of them was not written for users.
 CLASS_NAME = re.compile(r"\b(Key|Assertion|Type|Index|Attribute|Runtime|ZeroDivision|Overflow|UnboundLocal)Error\b")
 
@@ -67,16 +67,16 @@ def run(args: Sequence[Any]) -> "tuple[Any, str]":
     def stop(*_: Any) -> None:
         raise TookTooLong
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(TIMEOUT)
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, TIMEOUT)
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             status: Any = main([str(x) for x in args])
     except (TookTooLong, SystemExit) as error:
         status = repr(error)
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
     return status, err.getvalue()
 
 

@@ -12,6 +12,7 @@ from detectron2.data import build_detection_train_loader
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.solver import LRMultiplier
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationResolutionError
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -55,7 +56,11 @@ class LazyRecipe(Recipe):
         self._config_file = config_file
 
     def _nested(self) -> Mapping:
-        return OmegaConf.to_container(self.config, resolve=True)
+        try:
+            return OmegaConf.to_container(self.config, resolve=True)
+        except InterpolationResolutionError as error:
+            reason = str(error).split("\n", maxsplit=1)[0]
+            raise D2kdError(f"{error.full_key} of the config cannot be resolved: {reason}") from error
 
     def changed(self, name: str, value: Any) -> "LazyRecipe":
         config = copy.deepcopy(self.config)
