@@ -58,6 +58,13 @@ class KnownMistake(NamedTuple):
     sentence: Callable[["re.Match[str]"], str]
 
 
+#: YAML keys that name what a registry of detectron2 holds.
+REGISTRIES = {
+    "META_ARCH": "MODEL.META_ARCHITECTURE",
+    "BACKBONE": "MODEL.BACKBONE.NAME",
+    "ANCHOR_GENERATOR": "MODEL.ANCHOR_GENERATOR.NAME",
+}
+
 KNOWN_MISTAKES = [
     KnownMistake(
         torch.OutOfMemoryError,
@@ -66,6 +73,53 @@ KNOWN_MISTAKES = [
             f"the GPU's memory is full; lower {key('SOLVER.IMS_PER_BATCH')} (and {key('SOLVER.BASE_LR')} alike) or the "
             f"image size, or set {setting('SOLVER.AMP.ENABLED', True)}"
         ),
+    ),
+    KnownMistake(
+        KeyError,
+        r"No object named '(.*)' found in '(META_ARCH|BACKBONE|ANCHOR_GENERATOR)' registry",
+        lambda found: (
+            f"{key(REGISTRIES[found[2]])} is {found[1]!r}, which nothing is registered as; check its spelling"
+        ),
+    ),
+    KnownMistake(
+        ValueError,
+        r"Unknown training sampler: (.*)",
+        lambda found: f"DATALOADER.SAMPLER_TRAIN is {found[1]!r}; use TrainingSampler or RepeatFactorTrainingSampler",
+    ),
+    KnownMistake(
+        ValueError,
+        r"num_channels must be divisible by num_groups|num_channels \(\d+\) must be divisible by num_groups",
+        lambda _: (
+            "a NORM is GN, which has 32 groups and so needs numbers of channels in 32s; change the channels "
+            "(MODEL.FPN.OUT_CHANNELS, MODEL.RESNETS.STEM_OUT_CHANNELS; LazyConfig: conv_dims, out_channels, width), or "
+            "take another NORM"
+        ),
+    ),
+    KnownMistake(
+        ValueError,
+        r"Expected more than 1 (?:spatial element|value per channel) when training, got input size (.*)",
+        lambda found: (
+            f"a NORM has a single value per channel or group to normalize (a map of size {found[1]}); use larger "
+            f"images or batches ({key('INPUT.MIN_SIZE_TRAIN')}, {key('SOLVER.IMS_PER_BATCH')}), or another NORM"
+        ),
+    ),
+    KnownMistake(
+        ValueError,
+        r"Milestones must be smaller than total number of updates: num_updates=(\d+), milestone=(.*)",
+        lambda found: (
+            f"SOLVER.STEPS has {found[2]} (LazyConfig: lr_multiplier.scheduler.milestones), which must lie before the "
+            f"last iteration, {found[1]}"
+        ),
+    ),
+    KnownMistake(
+        ValueError,
+        r"Total num_updates must be greater than length of param schedule",
+        lambda _: f"SOLVER.STEPS has more steps than the run has iterations ({key('SOLVER.MAX_ITER')})",
+    ),
+    KnownMistake(
+        ValueError,
+        r"SyncBatchNorm expected input tensor to be on",
+        lambda _: "a NORM is SyncBN, which needs GPUs; use BN or GN on the CPU",
     ),
 ]
 

@@ -29,6 +29,7 @@ LAZY: Dict[str, str] = {
     "MODEL.DISTILL.SCHEDULE": "model.schedules",
     "MODEL.DISTILL.GRADIENT_PERIOD": "model.gradient_period",
     "MODEL.DISTILL.SYNC_NORMALIZER": "model.sync_normalizer",
+    "MODEL.RESNETS.OUT_FEATURES": "model.backbone.bottom_up.out_features",
     "SOLVER.AMP.ENABLED": "train.amp.enabled",
     "SOLVER.AMP.DTYPE": "train.amp.dtype",
     "SOLVER.BASE_LR": "optimizer.lr",

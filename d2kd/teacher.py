@@ -16,7 +16,10 @@ from .contract import Dense, channel_order
 from .dense import DenseOutputs, preprocess, run_dense
 from .errors import D2kdError
 from .heads import Cut
+from .overrides import apply_override
 from .pairing import class_names
+from .ranges import check_config
+from .wiring import check_wiring
 
 _LOG = logging.getLogger(__name__)
 
@@ -147,10 +150,14 @@ def load_teacher(
 def _build(path: str, opts: Sequence[str], device: str) -> Tuple[nn.Module, str, List[str]]:
     """Builds the detector of a config, without a teacher of its own; returns it, its channel order and class names."""
     if path.endswith(".py"):
-        lazy = LazyConfig.apply_overrides(LazyConfig.load(path), list(opts))
+        lazy = LazyConfig.load(path)
+        for override in opts:
+            lazy = apply_override(lazy, override)
         drop_teacher(lazy)
         detector = instantiate(lazy.model).to(device)
+        check_wiring(detector, "the teacher's config: ")
         return detector, channel_order(detector), []
     cfg = load_config(path, opts, with_teacher=False)
     cfg.MODEL.DEVICE = device
+    check_config(cfg, prefix="the teacher's config: ")
     return build_model(cfg), cfg.INPUT.FORMAT, class_names(cfg)

@@ -75,6 +75,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Reports how many golden cases ran and which are not covered, so that none counts as passed unseen."""
     from goldens import GOLDENS, covered_cases, uncovered_cases
 
+    for report in [*terminalreporter.stats.get("passed", []), *terminalreporter.stats.get("failed", [])]:
+        for line in [value for name, value in report.user_properties if name == "fuzz" and report.when == "call"]:
+            terminalreporter.write_line(f"fuzz: {line}")
     stems = [f"[{path.stem}" for path in covered_cases()]
     ran = [r for r in terminalreporter.stats.get("passed", []) if any(stem in r.nodeid for stem in stems)]
     if not ran:

@@ -17,9 +17,9 @@ from torch.overrides import TorchFunctionMode
 from d2kd.config import add_distill_config, find_config, load_config
 from d2kd.engine import Trainer
 from d2kd.engine.recipe import flatten
-from d2kd.engine.styles.lazy_style import check_override
 from d2kd.errors import D2kdError
 from d2kd.methods import method_defaults, method_names
+from d2kd.overrides import check_override
 
 YAMLS = sorted(CONFIGS.glob("*.yaml"))
 LAZIES = sorted((CONFIGS / "lazy").glob("*.py"))

@@ -1,16 +1,24 @@
 """Where a run computes."""
 
 import logging
+import re
 
 import torch
 from detectron2.engine import create_ddp_model
 from torch import nn
 
 from ..errors import D2kdError
+from ..keys import key
 
 
 def usable_device(device: str) -> str:
-    """Returns the device, or "cpu" with a warning where CUDA is asked for and there is none."""
+    """Returns the device, or "cpu" with a warning where CUDA is asked for and there is none.
+
+    Raises:
+        D2kdError: it is neither a CPU nor a GPU.
+    """
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise D2kdError(f"{key('MODEL.DEVICE')} is {device!r}; use cuda or cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
         logging.getLogger(__name__).warning("No CUDA device was found; running on the CPU.")
         return "cpu"

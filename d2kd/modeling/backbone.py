@@ -1,5 +1,6 @@
 """ResNets of any width and depth, and FPNs with configurable extra levels."""
 
+import re
 import string
 from typing import Dict, List, Sequence
 
@@ -13,6 +14,7 @@ from fvcore.nn import weight_init
 from torch import Tensor, nn
 
 from ..errors import D2kdError, check_choice
+from ..keys import key
 
 BLOCKS_OF_DEPTH = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 
@@ -36,6 +38,8 @@ class ExtraLevels(nn.Module):
         self, in_channels: int, out_channels: int, in_feature: str = "p5", num_levels: int = 2, relu: bool = False
     ) -> None:
         super().__init__()
+        if not re.fullmatch(r"[A-Za-z]+\d+", in_feature):
+            raise D2kdError(f"in_feature of the extra levels is {in_feature!r}; it must end in a number, such as p5")
         self.in_feature = in_feature
         self.num_levels = num_levels
         self.relu = relu
@@ -74,7 +78,14 @@ def make_resnet(
         freeze_at: number of stages to freeze, including the stem.
         stride_in_1x1: put the stride in the first 1x1 convolution of a bottleneck (MSRA weights) instead of the 3x3.
         in_channels: channels of the image.
+
+    Raises:
+        D2kdError: ``out_features`` names a stage that there is not.
     """
+    for name in out_features:
+        check_choice(
+            f"a stage of {key('MODEL.RESNETS.OUT_FEATURES')}", name, [f"res{i + 2}" for i in range(len(blocks))]
+        )
     stem = BasicStem(in_channels, width, norm)
     stages = []
     previous = width
@@ -144,6 +155,10 @@ def make_fpn(
     shapes = bottom_up.output_shape()
     for name in in_features:
         check_choice("a stage of MODEL.FPN.IN_FEATURES", name, shapes)
+    if not in_features:
+        raise D2kdError(
+            "MODEL.FPN.IN_FEATURES names no stage; list consecutive stages in order, such as res3, res4, res5"
+        )
     stages = [_stage(name) for name in in_features]
     last = stages[-1]
     if stages != list(range(stages[0], last + 1)):

@@ -11,8 +11,8 @@ from detectron2.config import LazyConfig, instantiate
 from detectron2.data import build_detection_train_loader
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.solver import LRMultiplier
-from detectron2.utils.registry import locate
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationResolutionError
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -21,8 +21,10 @@ from ...data.bad_images import EvaluationMapper
 from ...data.evaluators import build_evaluator
 from ...data.loader import build_train_loader
 from ...data.randomness import seeded
-from ...errors import D2kdError, nearest
+from ...errors import D2kdError
+from ...overrides import apply_override, located
 from ...signatures import arguments
+from ...wiring import check_wiring
 from ..devices import usable_device
 from ..recipe import Recipe
 
@@ -54,7 +56,11 @@ class LazyRecipe(Recipe):
         self._config_file = config_file
 
     def _nested(self) -> Mapping:
-        return OmegaConf.to_container(self.config, resolve=True)
+        try:
+            return OmegaConf.to_container(self.config, resolve=True)
+        except InterpolationResolutionError as error:
+            reason = str(error).split("\n", maxsplit=1)[0]
+            raise D2kdError(f"{error.full_key} of the config cannot be resolved: {reason}") from error
 
     def changed(self, name: str, value: Any) -> "LazyRecipe":
         config = copy.deepcopy(self.config)
@@ -84,7 +90,9 @@ class LazyRecipe(Recipe):
         return [*in_files, *_rate(self.config)]
 
     def build_model(self) -> nn.Module:
-        return instantiate(self.config.model).to(self.config.train.device)
+        model = instantiate(self.config.model)
+        check_wiring(model)
+        return model.to(self.config.train.device)
 
     def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         node = copy.deepcopy(self.config).optimizer
@@ -97,7 +105,7 @@ class LazyRecipe(Recipe):
     def build_train_loader(self) -> Iterable[Any]:
         """Makes the config's loader: d2kd's resumable one in place of detectron2's own."""
         node = copy.deepcopy(self.config).dataloader.train
-        if _located(node) is build_detection_train_loader:
+        if located(node) is build_detection_train_loader:
             node._target_, node.seed = build_train_loader, self.config.train.seed
             node.skip_bad_images = self.config.train.skip_bad_images
         with seeded(self.options.seed):  # samplers draw their own seeds
@@ -114,7 +122,7 @@ class LazyRecipe(Recipe):
         node = self._evaluating(name).get("evaluator")
         if node is None:
             return build_evaluator(name, self.evaluation_folder(name))
-        if node.get("output_dir") is None and "output_dir" in arguments(_located(node)):
+        if node.get("output_dir") is None and "output_dir" in arguments(located(node)):
             node.output_dir = self.evaluation_folder(name)
         return instantiate(node)
 
@@ -131,8 +139,7 @@ def load_lazy(config_file: str, opts: Sequence[str], eval_only: bool) -> LazyRec
     path = find_config(config_file)
     config = with_defaults(read_lazy(path))
     for override in opts:
-        check_override(config, override)
-    config = LazyConfig.apply_overrides(config, list(opts))
+        config = apply_override(config, override)
     missing = [part for part in PARTS if part not in config]
     if missing:
         raise D2kdError(f"{config_file} defines no {', '.join(missing)}; see configs/lazy/retinanet_R50.py")
@@ -191,33 +198,3 @@ def rates_in(path: Path) -> Iterator[Tuple[float, int]]:
 def _rate(config: DictConfig) -> List[Tuple[float, int]]:
     rate, batch = (OmegaConf.select(config, key) for key in ("optimizer.lr", "dataloader.train.total_batch_size"))
     return [] if rate is None or batch is None else [(rate, batch)]
-
-
-def _located(node: DictConfig) -> Any:
-    """The class or function that a node calls."""
-    target = node._target_
-    return locate(target) if isinstance(target, str) else target
-
-
-def check_override(config: DictConfig, override: str) -> None:
-    """Raises D2kdError if ``path.key=value`` names a key that neither exists nor is an argument of its object."""
-    key, equals, _ = override.partition("=")
-    key = key.lstrip("+~")
-    if not equals:
-        raise D2kdError(f"override {override!r}: a LazyConfig takes path.key=value")
-    parent, _, leaf = key.rpartition(".")
-    missing = object()
-    if OmegaConf.select(config, key, default=missing) is not missing:
-        return
-    known = known_keys(OmegaConf.select(config, parent) if parent else config)
-    if leaf not in known:
-        raise D2kdError(f"override {override!r}: {parent or 'the config'} has no {leaf!r}{nearest(leaf, known)}")
-
-
-def known_keys(node: Any) -> List[str]:
-    """Keys of a config node, with all arguments of the object that it makes."""
-    if isinstance(node, ListConfig):
-        return [str(i) for i in range(len(node))]
-    if not isinstance(node, DictConfig):
-        return []
-    return [str(key) for key in node] + (list(arguments(_located(node))) if "_target_" in node else [])

@@ -1,0 +1,92 @@
+"""Whether the parts of a built detector fit together, before it runs."""
+
+from typing import Any, List
+
+from detectron2.layers import ShapeSpec
+from torch import nn
+
+from .errors import D2kdError, nearest
+
+
+def check_wiring(detector: nn.Module, prefix: str = "") -> None:
+    """Checks that backbone, anchors and head of a LazyConfig's detector agree on levels, channels and anchors.
+
+    There each is configured by itself, and a mismatch would show in the first iteration as shapes that do not fit.
+    Detectors without a RetinaNet's parts are left alone.
+
+    Args:
+        detector: a detector.
+        prefix: what to say before the message, such as whose it is.
+
+    Raises:
+        D2kdError: names the part.
+    """
+    parts = ("backbone", "head", "head_in_features", "num_classes", "anchor_generator")
+    if not all(hasattr(detector, part) for part in parts) or not hasattr(detector.head, "cls_score"):
+        return
+    found: Any = detector
+    shapes = found.backbone.output_shape()
+    for name in found.head_in_features:
+        if name not in shapes:
+            known = ", ".join(shapes)
+            raise D2kdError(
+                f"{prefix}model.head_in_features names {name!r}; the backbone has {known}{nearest(name, shapes)}"
+            )
+    levels = [shapes[name] for name in found.head_in_features]
+    for message in (_levels(found, levels), _channels(found, levels), _outputs(found), _extra_levels(found.backbone)):
+        if message:
+            raise D2kdError(prefix + message)
+
+
+def _levels(detector: Any, levels: List[ShapeSpec]) -> str:
+    strides, own = [level.stride for level in levels], list(detector.anchor_generator.strides)
+    if strides != own:
+        return f"the levels of the head have strides {strides}, but model.anchor_generator.strides is {own}"
+    scales = getattr(detector.head, "scales", None)
+    expected = len(scales) if scales is not None else getattr(detector.head, "_num_features", len(levels))
+    if expected != len(levels):
+        return f"the head reads {len(levels)} levels, but model.head.input_shape has {expected}"
+    return ""
+
+
+def _channels(detector: Any, levels: List[ShapeSpec]) -> str:
+    given = {level.channels for level in levels}
+    convs = [layer for layer in detector.head.cls_subnet if isinstance(layer, nn.Conv2d)]
+    wanted = {convs[0].in_channels} if convs else given
+    if given != wanted:
+        return (
+            f"the head takes levels of {_some(wanted)} channels (input_shape), but the backbone's have {_some(given)}"
+        )
+    return ""
+
+
+def _outputs(detector: Any) -> str:
+    anchors = set(detector.anchor_generator.num_anchors)
+    if len(anchors) > 1:
+        return f"levels have different numbers of anchors, {_some(anchors)}; give each as many sizes and aspect ratios"
+    outputs, wanted = detector.head.cls_score.out_channels, anchors.pop() * detector.num_classes
+    if outputs != wanted:
+        return (
+            f"the head predicts {outputs} classes of anchors per place, but anchors (model.anchor_generator, "
+            f"model.head.num_anchors) times classes (model.num_classes, model.head.num_classes) are {wanted}"
+        )
+    return ""
+
+
+def _extra_levels(backbone: Any) -> str:
+    """Whether the levels on top of an FPN take as many channels as they get."""
+    top, bottom_up = getattr(backbone, "top_block", None), getattr(backbone, "bottom_up", None)
+    first = next((x for x in top.modules() if isinstance(x, nn.Conv2d)), None) if top is not None else None
+    if first is None or bottom_up is None:
+        return ""
+    shapes = {**backbone.output_shape(), **bottom_up.output_shape()}
+    if top.in_feature not in shapes:
+        return f"model.backbone.top_block.in_feature is {top.in_feature!r}; the backbone has {', '.join(shapes)}"
+    given = shapes[top.in_feature].channels
+    if first.in_channels != given:
+        return f"model.backbone.top_block.in_channels is {first.in_channels}, but {top.in_feature} has {given} channels"
+    return ""
+
+
+def _some(numbers: "set[int]") -> str:
+    return " or ".join(map(str, sorted(numbers)))
