@@ -7,7 +7,7 @@ which nothing can run is reported by its key instead of by whatever it breaks.
 import math
 import re
 from fnmatch import translate
-from functools import lru_cache
+from functools import cache
 from typing import Any, Callable, Dict, Iterator, List, Mapping, Tuple
 
 from .errors import D2kdError, check_choice
@@ -396,7 +396,7 @@ def _matching(values: Mapping[str, Any], patterns: str, is_lazy: bool) -> List[s
     return [key for key in values if wanted.match(key)]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _expression(patterns: str, is_lazy: bool) -> "re.Pattern[str]":
     wanted = [LAZY.get(pattern, pattern) if is_lazy else pattern for pattern in patterns.split()]
     return re.compile("|".join(map(translate, wanted)))
