@@ -16,6 +16,7 @@ from .contract import Dense, channel_order
 from .dense import DenseOutputs, preprocess, run_dense
 from .errors import D2kdError
 from .heads import Cut
+from .keys import key
 from .overrides import apply_override
 from .pairing import class_names
 from .ranges import check_config
@@ -72,9 +73,8 @@ class Teacher:
         if self.loaded:
             return
         if not self.weights:
-            raise D2kdError(
-                "the teacher has no weights: set MODEL.DISTILL.TEACHER.WEIGHTS (LazyConfig: model.teacher.weights)"
-            )
+            setting = key("MODEL.DISTILL.TEACHER.WEIGHTS")
+            raise D2kdError(f"the teacher has no weights: set {setting} to the file of a trained detector")
         load_strict(self.network, self.weights)
         self.loaded = True
         name = type(self.network).__name__
