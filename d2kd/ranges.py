@@ -7,7 +7,7 @@ which nothing can run is reported by its key instead of by whatever it breaks.
 import math
 import re
 from fnmatch import translate
-from functools import lru_cache
+from functools import cache
 from typing import Any, Callable, Dict, Iterator, List, Mapping, Tuple
 
 from .errors import D2kdError, check_choice
@@ -87,6 +87,10 @@ RANGES: Dict[str, Tuple[Test, str]] = {
     "INPUT.MIN_SIZE_TRAIN": (_list_of(is_count), "lengths in pixels, 1 or more"),
     "INPUT.MIN_SIZE_TEST": (_whole, "0 (no resizing) or a length in pixels"),
     "INPUT.MAX_SIZE_*": (is_count, "a length in pixels, 1 or more"),
+    "dataloader.*.augmentations.*.short_edge_length": (_either(_whole, _list_of(is_count)), "lengths in pixels"),
+    "dataloader.*.augmentations.*.max_size": (is_count, "a length in pixels, 1 or more"),
+    "dataloader.*.augmentations.*.prob": (lambda x: is_number(x) and 0 <= x <= 1, "between 0 and 1"),
+    "dataloader.*.mapper.image_format": (lambda value: value in ("BGR", "RGB"), "BGR or RGB"),
     "INPUT.CROP.SIZE": (_list_of(_positive, 2), "two numbers above 0, height and width"),
     "INPUT.FORMAT": (lambda value: value in ("BGR", "RGB"), "BGR or RGB"),
     "MODEL.PIXEL_MEAN": (_list_of(is_number, 3), "three finite numbers"),
@@ -178,7 +182,7 @@ RANGES: Dict[str, Tuple[Test, str]] = {
     "SOLVER.MOMENTUM optimizer.momentum": (_fraction, "at least 0 and below 1"),
     "SOLVER.NUM_DECAYS": (is_count, "1 or more"),
     "SOLVER.REFERENCE_WORLD_SIZE": (_whole, "0 (no scaling) or more"),
-    "SOLVER.STEPS": (_ascending(is_number, empty=True), "ascending iterations"),
+    "SOLVER.STEPS": (_ascending(_positive, empty=True), "ascending iterations above 0"),
     "SOLVER.WARMUP_FACTOR lr_multiplier.warmup_factor": (_not_negative, "0 or more"),
     "SOLVER.WARMUP_ITERS": (_whole, "0 or more"),
     "lr_multiplier.warmup_length": (lambda x: is_number(x) and 0 <= x <= 1, "a share of training, 0 to 1"),
@@ -202,10 +206,10 @@ RANGES: Dict[str, Tuple[Test, str]] = {
 CHOICES: Dict[str, Tuple[str, ...]] = {
     "MODEL.RESNETS.NORM MODEL.FPN.NORM MODEL.RETINANET.NORM MODEL.GFL.NORM MODEL.ATSS.NORM MODEL.FCOS.NORM": NORMS,
     "MODEL.FPN.FUSE_TYPE model.backbone.fuse_type": ("sum", "avg"),
-    "MODEL.RETINANET.BBOX_REG_LOSS_TYPE": ("smooth_l1", "giou", "diou", "ciou"),
     "INPUT.CROP.TYPE": ("relative", "relative_range", "absolute", "absolute_range"),
     "INPUT.MASK_FORMAT": ("polygon", "bitmask"),
     "INPUT.MIN_SIZE_TRAIN_SAMPLING": ("choice", "range"),
+    "dataloader.*.augmentations.*.sample_style": ("choice", "range"),
     "INPUT.RANDOM_FLIP": ("horizontal", "vertical", "none"),
     "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": ("value", "norm"),
     "SOLVER.LR_SCHEDULER_NAME": ("WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR"),
@@ -284,6 +288,7 @@ class _Named:
 
     def __init__(self, values: Mapping[str, Any], is_lazy: bool) -> None:
         self.values, self.is_lazy = values, is_lazy
+        self.elements = dict(_with_elements(values))
 
     def key(self, yaml_key: str, lazy_key: str = "") -> str:
         return (lazy_key or LAZY.get(yaml_key, yaml_key)) if self.is_lazy else yaml_key
@@ -352,6 +357,10 @@ def _architecture(config: _Named) -> str:
 
 
 def _check_sizes(config: _Named) -> str:
+    for name, style in config.elements.items():
+        length = config.elements.get(f"{name.rpartition('.')[0]}.short_edge_length")
+        if name.endswith(".sample_style") and style == "range" and isinstance(length, list) and len(length) != 2:
+            return f"{name} is range, which needs two short_edge_length, [least, largest], not {length!r}"
     sizes = config.get("INPUT.MIN_SIZE_TRAIN")
     if config.is_lazy or config.get("INPUT.MIN_SIZE_TRAIN_SAMPLING") != "range" or len(sizes) == 2:
         return ""
@@ -396,7 +405,7 @@ def _matching(values: Mapping[str, Any], patterns: str, is_lazy: bool) -> List[s
     return [key for key in values if wanted.match(key)]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _expression(patterns: str, is_lazy: bool) -> "re.Pattern[str]":
     wanted = [LAZY.get(pattern, pattern) if is_lazy else pattern for pattern in patterns.split()]
     return re.compile("|".join(map(translate, wanted)))
