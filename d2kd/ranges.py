@@ -120,6 +120,7 @@ RANGES: Dict[str, Tuple[Test, str]] = {
     "MODEL.RETINANET.NUM_CONVS MODEL.GFL.NUM_CONVS": (is_count, "1 or more"),
     "MODEL.ATSS.NUM_CONVS MODEL.FCOS.NUM_CONVS": (is_count, "1 or more"),
     "model.head.conv_dims": (_list_of(is_count), "numbers of channels, 1 or more of each convolution"),
+    "model.head.input_shape": (_list_of(_any), "the shapes of one level or more"),
     "model.head.num_anchors": (is_count, "1 or more"),
     "MODEL.*.PRIOR_PROB model.head.prior_prob": (_probability, "a probability between 0 and 1"),
     "MODEL.GFL.REG_MAX model.head.reg_max": (is_count, "1 or more"),
@@ -165,7 +166,7 @@ RANGES: Dict[str, Tuple[Test, str]] = {
     "MODEL.DISTILL.METHODS": (_list_of(_either(_text, lambda x: isinstance(x, dict)), empty=True), "a list of methods"),
     "MODEL.DISTILL.INHERIT": (_list_of(_text, empty=True), "a list of neck and head"),
     "MODEL.DISTILL.CLASS_MAP": (
-        _list_of(_either(_text, _list_of(_either(_text, is_number), 2)), empty=True),
+        _list_of(_either(_text, _list_of(_either(_text, _whole), 2)), empty=True),
         "a list of names or of pairs (the student's class, the teacher's)",
     ),
     # solver
