@@ -105,13 +105,30 @@ KNOWN_MISTAKES = [
     ),
     KnownMistake(
         ValueError,
-        r"Milestones must be smaller than total number of updates: num_updates=(\d+), milestone=(.*)",
+        r"Milestones? must be smaller than total number of updates: num_updates=(\d+), milestone=(.*)",
         lambda found: f"{key('SOLVER.STEPS')} has {found[2]}, which must lie before the last iteration, {found[1]}",
     ),
     KnownMistake(
         ValueError,
         r"Total num_updates must be greater than length of param schedule",
         lambda _: f"{key('SOLVER.STEPS')} has more steps than the run has iterations ({key('SOLVER.MAX_ITER')})",
+    ),
+    KnownMistake(
+        ValueError,
+        r"Invalid dense box regression loss type '(.*)'",
+        lambda found: (
+            f"{key('MODEL.RETINANET.BBOX_REG_LOSS_TYPE')} is {found[1]!r}; use one of smooth_l1, giou, diou, ciou"
+        ),
+    ),
+    KnownMistake(
+        ValueError,
+        r"MultiStep scheduler requires a list of (\d+) miletones",
+        lambda found: f"lr_multiplier.scheduler.milestones must have as many entries as its values, {found[1]}",
+    ),
+    KnownMistake(
+        ValueError,
+        r"(Cannot do both horiz and vert|At least one of horiz or vert has to be True)",
+        lambda _: "an augmentation RandomFlip must flip in one direction: set either horizontal or vertical to True",
     ),
     KnownMistake(
         ValueError,

@@ -87,6 +87,10 @@ RANGES: Dict[str, Tuple[Test, str]] = {
     "INPUT.MIN_SIZE_TRAIN": (_list_of(is_count), "lengths in pixels, 1 or more"),
     "INPUT.MIN_SIZE_TEST": (_whole, "0 (no resizing) or a length in pixels"),
     "INPUT.MAX_SIZE_*": (is_count, "a length in pixels, 1 or more"),
+    "dataloader.*.augmentations.*.short_edge_length": (_either(_whole, _list_of(is_count)), "lengths in pixels"),
+    "dataloader.*.augmentations.*.max_size": (is_count, "a length in pixels, 1 or more"),
+    "dataloader.*.augmentations.*.prob": (lambda x: is_number(x) and 0 <= x <= 1, "between 0 and 1"),
+    "dataloader.*.mapper.image_format": (lambda value: value in ("BGR", "RGB"), "BGR or RGB"),
     "INPUT.CROP.SIZE": (_list_of(_positive, 2), "two numbers above 0, height and width"),
     "INPUT.FORMAT": (lambda value: value in ("BGR", "RGB"), "BGR or RGB"),
     "MODEL.PIXEL_MEAN": (_list_of(is_number, 3), "three finite numbers"),
@@ -116,6 +120,7 @@ RANGES: Dict[str, Tuple[Test, str]] = {
     "MODEL.RETINANET.NUM_CONVS MODEL.GFL.NUM_CONVS": (is_count, "1 or more"),
     "MODEL.ATSS.NUM_CONVS MODEL.FCOS.NUM_CONVS": (is_count, "1 or more"),
     "model.head.conv_dims": (_list_of(is_count), "numbers of channels, 1 or more of each convolution"),
+    "model.head.input_shape": (_list_of(_any), "the shapes of one level or more"),
     "model.head.num_anchors": (is_count, "1 or more"),
     "MODEL.*.PRIOR_PROB model.head.prior_prob": (_probability, "a probability between 0 and 1"),
     "MODEL.GFL.REG_MAX model.head.reg_max": (is_count, "1 or more"),
@@ -161,7 +166,7 @@ RANGES: Dict[str, Tuple[Test, str]] = {
     "MODEL.DISTILL.METHODS": (_list_of(_either(_text, lambda x: isinstance(x, dict)), empty=True), "a list of methods"),
     "MODEL.DISTILL.INHERIT": (_list_of(_text, empty=True), "a list of neck and head"),
     "MODEL.DISTILL.CLASS_MAP": (
-        _list_of(_either(_text, _list_of(_either(_text, is_number), 2)), empty=True),
+        _list_of(_either(_text, _list_of(_either(_text, _whole), 2)), empty=True),
         "a list of names or of pairs (the student's class, the teacher's)",
     ),
     # solver
@@ -178,7 +183,7 @@ RANGES: Dict[str, Tuple[Test, str]] = {
     "SOLVER.MOMENTUM optimizer.momentum": (_fraction, "at least 0 and below 1"),
     "SOLVER.NUM_DECAYS": (is_count, "1 or more"),
     "SOLVER.REFERENCE_WORLD_SIZE": (_whole, "0 (no scaling) or more"),
-    "SOLVER.STEPS": (_ascending(is_number, empty=True), "ascending iterations"),
+    "SOLVER.STEPS": (_ascending(_positive, empty=True), "ascending iterations above 0"),
     "SOLVER.WARMUP_FACTOR lr_multiplier.warmup_factor": (_not_negative, "0 or more"),
     "SOLVER.WARMUP_ITERS": (_whole, "0 or more"),
     "lr_multiplier.warmup_length": (lambda x: is_number(x) and 0 <= x <= 1, "a share of training, 0 to 1"),
@@ -202,10 +207,10 @@ RANGES: Dict[str, Tuple[Test, str]] = {
 CHOICES: Dict[str, Tuple[str, ...]] = {
     "MODEL.RESNETS.NORM MODEL.FPN.NORM MODEL.RETINANET.NORM MODEL.GFL.NORM MODEL.ATSS.NORM MODEL.FCOS.NORM": NORMS,
     "MODEL.FPN.FUSE_TYPE model.backbone.fuse_type": ("sum", "avg"),
-    "MODEL.RETINANET.BBOX_REG_LOSS_TYPE": ("smooth_l1", "giou", "diou", "ciou"),
     "INPUT.CROP.TYPE": ("relative", "relative_range", "absolute", "absolute_range"),
     "INPUT.MASK_FORMAT": ("polygon", "bitmask"),
     "INPUT.MIN_SIZE_TRAIN_SAMPLING": ("choice", "range"),
+    "dataloader.*.augmentations.*.sample_style": ("choice", "range"),
     "INPUT.RANDOM_FLIP": ("horizontal", "vertical", "none"),
     "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": ("value", "norm"),
     "SOLVER.LR_SCHEDULER_NAME": ("WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR"),
@@ -284,6 +289,7 @@ class _Named:
 
     def __init__(self, values: Mapping[str, Any], is_lazy: bool) -> None:
         self.values, self.is_lazy = values, is_lazy
+        self.elements = dict(_with_elements(values))
 
     def key(self, yaml_key: str, lazy_key: str = "") -> str:
         return (lazy_key or LAZY.get(yaml_key, yaml_key)) if self.is_lazy else yaml_key
@@ -352,6 +358,10 @@ def _architecture(config: _Named) -> str:
 
 
 def _check_sizes(config: _Named) -> str:
+    for name, style in config.elements.items():
+        length = config.elements.get(f"{name.rpartition('.')[0]}.short_edge_length")
+        if name.endswith(".sample_style") and style == "range" and isinstance(length, list) and len(length) != 2:
+            return f"{name} is range, which needs two short_edge_length, [least, largest], not {length!r}"
     sizes = config.get("INPUT.MIN_SIZE_TRAIN")
     if config.is_lazy or config.get("INPUT.MIN_SIZE_TRAIN_SAMPLING") != "range" or len(sizes) == 2:
         return ""

@@ -45,6 +45,8 @@ class Ends:
     def add(self, example: Any, args: Sequence[Any]) -> None:
         """Runs train_net.py with some arguments; ``example`` says in a report what was broken."""
         status, errors = run(args)
+        if (self.runs + len(self.mistakes)) % 50 == 49:
+            print(self, flush=True)
         messages = re.findall("^error: (.*)$", errors, re.MULTILINE)
         if status == 0 and not messages:
             self.runs += 1

@@ -175,6 +175,7 @@ def test_a_detector_without_detections_cannot_be_checked(tmp_path: Path) -> None
         check_agreement("x.ts", Exportable(model), model, [SIZE])
 
 
+@pytest.mark.slow
 def test_tool_writes_files_and_a_table(tmp_path: Path, call: Callable[..., int], capsys: Any) -> None:
     student = save_teacher(tmp_path / "student.pth")
     teacher = save_teacher(tmp_path / "teacher.pth", "MODEL.FPN.OUT_CHANNELS", "64")
@@ -264,6 +265,7 @@ def test_the_tool_takes_the_configs_test_size(
 # --- checkpoints of a run
 
 
+@pytest.mark.slow
 def test_every_checkpoint_of_a_run_is_one_of_stock_detectron2(tmp_path: Path, blood_cells: Path) -> None:
     """Also those of the middle and the averaged weights; a config that detectron2 knows without this project."""
     few = ["MODEL.DEVICE", "cpu", "MODEL.RETINANET.NUM_CLASSES", "3", "MODEL.WEIGHTS", "", "MODEL.FPN.OUT_CHANNELS"]

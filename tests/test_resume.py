@@ -161,6 +161,7 @@ def test_killed_and_resumed_equals_unbroken(case, teachers, tmp_path, at):
         assert state["trainer"]["hooks"]["Saving"]["loss_normalizers"][0] != 300
 
 
+@pytest.mark.slow
 def test_a_random_seed_is_kept(teachers, tmp_path, at):
     """SEED -1 draws one; the resumed run keeps it. run.json names it, and with it the run can be repeated."""
     at(4, kill)
@@ -219,6 +220,7 @@ def test_no_readable_checkpoint_is_told(teachers, unbroken, tmp_path, capfd):
     assert "none of the checkpoints" in last_error(capfd)
 
 
+@pytest.mark.slow
 def test_full_disk_leaves_the_last_good_checkpoint(teachers, unbroken, tmp_path, at, monkeypatch, capfd):
     """The system refuses to write files above a size: an error in one sentence, the pointer and its file stay."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -238,6 +240,7 @@ def test_full_disk_leaves_the_last_good_checkpoint(teachers, unbroken, tmp_path,
     assert_same_end(unbroken, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [command, lazy_command])
 def test_a_run_is_not_overwritten_or_mixed_up(make, teachers, tmp_path, capfd):
     """Without --resume it is refused; with it, only what changes no iteration may differ."""

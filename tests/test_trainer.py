@@ -120,6 +120,7 @@ def test_a_subclass_runs_in_both_styles(style, teacher_file, tmp_path):
     assert trace == ["model", "test loader blood_cells_val"]
 
 
+@pytest.mark.slow
 def test_both_styles_write_the_same_files(teacher_file, tmp_path):
     """Predictions of the student and of its average lie in the same places."""
     written = []

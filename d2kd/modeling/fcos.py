@@ -24,6 +24,7 @@ from fvcore.nn import sigmoid_focal_loss_jit
 from torch import Tensor, nn
 
 from ..errors import D2kdError, check_choice
+from ..keys import key
 from ..losses import BOX_LOSSES, centerness_targets
 from ..workers import mean_over_workers
 from .boxes import decode_boxes
@@ -144,9 +145,9 @@ class FCOS(OneAnchorDetector, fcos.FCOS):
         input_format: str = "BGR",
         **kwargs: Any,
     ) -> None:
-        check_choice("MODEL.FCOS.BOX_REG_LOSS_TYPE", box_reg_loss_type, BOX_LOSSES)
-        check_choice("MODEL.FCOS.LOSS_NORMALIZER", loss_normalizer, LOSS_NORMALIZERS)
-        check_choice("MODEL.FCOS.SCORE_RULE", score_rule, SCORE_RULES)
+        check_choice(key("MODEL.FCOS.BOX_REG_LOSS_TYPE"), box_reg_loss_type, BOX_LOSSES)
+        check_choice(key("MODEL.FCOS.LOSS_NORMALIZER"), loss_normalizer, LOSS_NORMALIZERS)
+        check_choice(key("MODEL.FCOS.SCORE_RULE"), score_rule, SCORE_RULES)
         if getattr(head, "box_exp", False) != box_exp:
             raise D2kdError(f"FCOS has box_exp={box_exp} and its head has box_exp={not box_exp}; set both to the same")
         super().__init__(
