@@ -123,8 +123,8 @@ def judge(best: Variant, losses: Dict[str, Tensor], is_weak: bool, class_is_read
         if is_weak and not clearly_lower(found, values):
             raise D2kdError(
                 f"the teacher detects no better (loss {found.mean():.3f}) than with {name} shuffled "
-                f"({values.mean():.3f}), as if these were random: set {key('MODEL.DISTILL.TEACHER.WEIGHTS')} to the file "
-                f"of a trained detector; {_skip()}"
+                f"({values.mean():.3f}), as if these were random: set {key('MODEL.DISTILL.TEACHER.WEIGHTS')} to the "
+                f"file of a trained detector; {_skip()}"
             )
     verdict = f"{best.diagnosis} (loss {found.mean():.3f} then, {configured.mean():.3f} now); {_skip()}"
     if best.of_classes and not class_is_read:
