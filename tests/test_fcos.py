@@ -175,7 +175,7 @@ def crosskd_case(path: Path, double: bool = False) -> Tuple[Golden, DistillMetaA
     return golden, student.double() if double else student, instances
 
 
-# Without any ground truth the reference's losses are 1e8: d2kd has another normaliser there, on purpose.
+# Without any ground truth the reference's losses are 1e8: d2kd has another normalizer there, on purpose.
 crosskd_cases = pytest.mark.parametrize(
     "path", [p for p in cases("head_fcos_") if not p.stem.endswith("nogt_all")], ids=lambda p: p.stem
 )
@@ -367,11 +367,11 @@ def test_a_mistaken_option_is_named() -> None:
 
 def test_center_sampling() -> None:
     maps = [torch.zeros(1, 4, 128 // s, 128 // s) for s in STRIDES]
-    whole, centre = (published(maps, center_sampling_radius=radius) for radius in (0, 1.5))
+    whole, center = (published(maps, center_sampling_radius=radius) for radius in (0, 1.5))
     target = Instances((128, 128), gt_boxes=Boxes(torch.tensor([[16.0, 16.0, 76.0, 76.0]])))
     target.gt_classes = torch.tensor([1])
     counts = [
-        int((model.label_anchors(model.anchor_generator(maps), [target])[0][0] == 1).sum()) for model in (whole, centre)
+        int((model.label_anchors(model.anchor_generator(maps), [target])[0][0] == 1).sum()) for model in (whole, center)
     ]
     assert counts[0] > counts[1] > 0
 

@@ -215,7 +215,7 @@ def test_mgd_masks_places_at_the_ratio_and_repeatably() -> None:
 
 
 def test_centers_inside_by_hand() -> None:
-    anchors = torch.tensor([[0.0, 0.0, 4.0, 4.0], [4.0, 4.0, 8.0, 8.0], [8.0, 8.0, 12.0, 12.0]])  # centres 2, 6, 10
+    anchors = torch.tensor([[0.0, 0.0, 4.0, 4.0], [4.0, 4.0, 8.0, 8.0], [8.0, 8.0, 12.0, 12.0]])  # centers 2, 6, 10
     assert centers_inside(anchors, Boxes(torch.tensor([[3.0, 3.0, 9.0, 9.0]]))).tolist() == [False, True, False]
     assert centers_inside(anchors, Boxes(torch.tensor([[6.0, 0.0, 9.0, 9.0]]))).tolist() == [False] * 3  # on the edge
     assert centers_inside(anchors, Boxes(torch.zeros(0, 4))).tolist() == [False] * 3

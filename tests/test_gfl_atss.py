@@ -1,4 +1,4 @@
-"""GFL and ATSS: parity of their parts with measured numbers, and behaviour."""
+"""GFL and ATSS: parity of their parts with measured numbers, and behavior."""
 
 import math
 import time
@@ -232,7 +232,7 @@ def test_golden_coders(path: Path) -> None:
     assert tested, "no integral"
     for reg_max in tested:
         logits = golden[f"integral{reg_max}.logits"].clone().requires_grad_()
-        anchors = torch.tensor([[-4.0, -4.0, 4.0, 4.0]]).expand(len(logits), 4)  # stride 1, centre 0
+        anchors = torch.tensor([[-4.0, -4.0, 4.0, 4.0]]).expand(len(logits), 4)  # stride 1, center 0
         distances = IntegralBoxTransform(reg_max).apply_deltas(logits, anchors) * torch.tensor([-1, -1, 1, 1])
         close(distances, golden[f"integral{reg_max}.dist"], LOSS, "integral")
         (distances * golden[f"integral{reg_max}.upstream"]).sum().backward()
@@ -329,7 +329,7 @@ def test_integral_box_transform_by_hand() -> None:
 
 
 def test_centerness_by_hand() -> None:
-    """A centre a quarter into the width and half into the height: sqrt(1/3 * 1); on the border and outside 0."""
+    """A center a quarter into the width and half into the height: sqrt(1/3 * 1); on the border and outside 0."""
     box = torch.tensor([0.0, 0.0, 4.0, 4.0])
     anchors = torch.tensor([[0.0, 1.0, 2.0, 3.0], [-1.0, 1.0, 1.0, 3.0], [8.0, 8.0, 9.0, 9.0], [0.0, 0.0, 4.0, 4.0]])
     torch.testing.assert_close(centerness_targets(anchors, box), torch.tensor([(1 / 3) ** 0.5, 0.0, 0.0, 1.0]))
@@ -359,7 +359,7 @@ def test_boxes_of_no_anchors() -> None:
 def assign_slowly(anchors: List[Boxes], boxes: Boxes, topk: int = 9) -> Tensor:
     """ATSS one box after the other, as section 3.2 of the paper puts it."""
     every = Boxes.cat(anchors)
-    centres = every.get_centers()
+    centers = every.get_centers()
     match, best = torch.full((len(every),), -1), torch.zeros(len(every))
     for index in range(len(boxes)):
         box, candidates, start = boxes[index], [], 0
@@ -370,7 +370,7 @@ def assign_slowly(anchors: List[Boxes], boxes: Boxes, topk: int = 9) -> Tensor:
         overlaps = pairwise_iou(every[candidates], box)[:, 0]
         threshold = overlaps.mean() + overlaps.std()
         for anchor, overlap in zip(candidates, overlaps):
-            (x, y), (left, top, right, bottom) = centres[anchor], box.tensor[0]
+            (x, y), (left, top, right, bottom) = centers[anchor], box.tensor[0]
             inside = min(x - left, y - top, right - x, bottom - y) > 0.01
             if inside and overlap >= threshold and overlap > best[anchor]:
                 match[anchor], best[anchor] = index, overlap
@@ -403,13 +403,13 @@ def test_assignment_of_few_and_of_no_usable_anchors() -> None:
     boxes = Boxes(torch.tensor([[2.0, 2.0, 30.0, 30.0], [0.0, 0.0, 9.0, 9.0]]))
     total = sum(len(level) for level in anchors)
     one = torch.zeros(total, dtype=torch.bool)
-    one[5] = True  # centre (8, 8), in both boxes; its IoU is larger with the first
+    one[5] = True  # center (8, 8), in both boxes; its IoU is larger with the first
     assert assign_atss(anchors, one, boxes).tolist() == [0 if i == 5 else -1 for i in range(total)]
     assert (assign_atss(anchors, torch.zeros_like(one), boxes) == -1).all()
     assert (assign_atss(anchors, ~one, Boxes(torch.zeros(0, 4))) == -1).all()
 
 
-# --- behaviour
+# --- behavior
 
 
 def config(name: str, *opts: Any) -> CfgNode:

@@ -1,4 +1,4 @@
-"""A training run cannot be lost: killed, stopped or out of disk, it goes on and ends with the very same weights."""
+"""A run is never lost: killed, stopped or out of disk space, it resumes and ends with the very same weights."""
 
 import json
 import logging
@@ -139,7 +139,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", [x if x == "FCOS" else pytest.param(x, marks=pytest.mark.slow) for x in CASES])
 def test_killed_and_resumed_equals_unbroken(case, teachers, tmp_path, at):
-    """Weights, optimizer, schedule, EMA, adapters, running normaliser: all of the last checkpoint, bit for bit."""
+    """Weights, optimizer, schedule, EMA, adapters, running normalizer: all of the last checkpoint, bit for bit."""
     options, opts = CASES[case]
     assert train(tmp_path / "unbroken", teachers, *opts, **options) == 0
     broken = tmp_path / "broken"
@@ -196,7 +196,7 @@ def test_a_restart_by_torchrun_resumes(teachers, unbroken, tmp_path, at, monkeyp
 
 
 def test_damaged_checkpoints_are_passed_over(teachers, unbroken, tmp_path, capfd):
-    """Truncated, then empty: the run goes on from the one before, whatever the pointer says."""
+    """Truncated, then empty: the run resumes from the previous one, whatever the pointer says."""
     shutil.copytree(unbroken, tmp_path, dirs_exist_ok=True)
     (tmp_path / "model_final.pth").unlink()
     newest = tmp_path / "model_0000005.pth"
@@ -256,8 +256,8 @@ def test_a_run_is_not_overwritten_or_mixed_up(make, teachers, tmp_path, capfd):
     assert f"{'optimizer.lr' if make is lazy_command else 'SOLVER.BASE_LR'} was 0.0" in last_error(capfd)
     assert resume(tmp_path, teachers, *evaluation, make=make) == 0
     assert (tmp_path / "model_final.pth").read_bytes() == final
-    told = ("--resume", "--allow-config-change")
-    assert train(tmp_path, teachers, *rate, make=make, flags=told) == 0
+    flags = ("--resume", "--allow-config-change")
+    assert train(tmp_path, teachers, *rate, make=make, flags=flags) == 0
     assert resume(tmp_path, teachers, *rate, make=make) == 0  # these are the run's values now
 
 
