@@ -99,7 +99,8 @@ def test_a_run_on_the_cpu(command, teachers, tmp_path, monkeypatch):
 def test_an_unknown_type_is_told(command, teachers, tmp_path, capfd):
     assert main(command(tmp_path, teachers, "amp.dtype=bfloat")) == 2
     error = capfd.readouterr().err.strip().splitlines()[-1]
-    assert re.search(r"SOLVER\.AMP\.DTYPE .*did you mean bfloat16\?", error), error
+    key = {yaml_command: "SOLVER.AMP.DTYPE", lazy_command: "train.amp.dtype"}[command]
+    assert re.search(rf"{re.escape(key)} is 'bfloat'.*did you mean bfloat16\?", error), error
 
 
 def test_float16_has_a_gradient_scaler_and_bfloat16_none():
