@@ -184,7 +184,7 @@ PROVOCATIONS = {
     "… is …; it must be of the type": lambda at: at.run("SOLVER.MAX_ITER", "many"),
     "… is …; it must be …": lambda at: at.run("SOLVER.MAX_ITER", 0),
     "…: a value is missing": lambda at: at.run(config=at.config("MODEL: {FPN: {OUT_CHANNELS: }}")),
-    "… must stand before": lambda at: at.run("--num-gpus", "2"),
+    "… must come before": lambda at: at.run("--num-gpus", "2"),
     "config … is no file": lambda at: at.run(config="gone.yaml"),
     "bug: …": lambda at: in_an_iteration(at, TypeError("of code with a bug"), status=1),
     "override …: … must be": lambda at: at.main("--config-file", LAZY, "train.max_iter=many"),
