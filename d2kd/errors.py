@@ -105,16 +105,13 @@ KNOWN_MISTAKES = [
     ),
     KnownMistake(
         ValueError,
-        r"Milestone must be smaller than total number of updates: num_updates=(\d+), milestone=(.*)",
-        lambda found: (
-            f"SOLVER.STEPS has {found[2]} (LazyConfig: lr_multiplier.scheduler.milestones), which must lie before the "
-            f"last iteration, {found[1]}"
-        ),
+        r"Milestones? must be smaller than total number of updates: num_updates=(\d+), milestone=(.*)",
+        lambda found: f"{key('SOLVER.STEPS')} has {found[2]}, which must lie before the last iteration, {found[1]}",
     ),
     KnownMistake(
         ValueError,
         r"Total num_updates must be greater than length of param schedule",
-        lambda _: f"SOLVER.STEPS has more steps than the run has iterations ({key('SOLVER.MAX_ITER')})",
+        lambda _: f"{key('SOLVER.STEPS')} has more steps than the run has iterations ({key('SOLVER.MAX_ITER')})",
     ),
     KnownMistake(
         ValueError,

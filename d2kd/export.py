@@ -1,7 +1,7 @@
-"""A trained detector as one file, TorchScript or ONNX, with decoding and NMS inside, compared with PyTorch's results.
+"""Export of a trained detector as one file, TorchScript or ONNX, with decoding and NMS inside, checked against PyTorch.
 
-The file takes one image of any size, as :func:`random_image` describes it, and a score threshold, and gives the
-detections of :class:`Exportable`. What happens before stays outside: reading, resizing and the order of channels.
+The file takes one image of any size, like those of :func:`random_image`, and a score threshold, and returns the
+detections of :class:`Exportable`. Reading, resizing and the order of channels are left to the caller.
 """
 
 import copy
@@ -10,13 +10,14 @@ import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Iterator, List, Sequence, Tuple
+from typing import Any, Callable, Iterator, List, Mapping, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
-from detectron2.config import LazyConfig, instantiate
+from detectron2.config import CfgNode, LazyConfig, instantiate
 from detectron2.modeling import build_model
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
@@ -25,18 +26,20 @@ from .config import drop_teacher, find_config, load_config
 from .errors import D2kdError
 
 Detections = Tuple[Tensor, Tensor, Tensor]
-#: An exported file that can be run, or the detector itself: see :class:`Exportable`.
+#: Runs an exported file, or the detector itself: see :class:`Exportable`.
 Run = Callable[[Tensor, Tensor], Detections]
 
 INPUTS = ("image", "score_threshold")
 OUTPUTS = ("boxes", "scores", "classes")
 OPSET = 17
+DEFAULT_SIZE = (800, 1333)
+TEST_AUGMENTATIONS = "dataloader.test.mapper.augmentations"
 
-# Two detections are the same within these: pixels, and a part of the score's range from 0 to 1.
+# Detections match within these tolerances: in pixels, and of scores from 0 to 1.
 BOX_TOLERANCE = 0.1
 SCORE_TOLERANCE = 1e-3
-# Part of the detections that may lack a counterpart: in NMS, and at the limit of detections, last bits can decide.
-# And a traced NMS shifts classes apart in float32, which PyTorch's own does for few boxes only.
+# Fraction of detections that may have no counterpart: NMS and the limit on detections can depend on last bits. Besides,
+# a traced NMS separates classes by an offset in float32, which PyTorch's own does for few boxes only.
 MAX_UNMATCHED = 0.05
 
 
@@ -53,58 +56,82 @@ class Exportable(nn.Module):
         self.requires_grad_(False).eval()
 
     def forward(self, image: Tensor, score_threshold: Tensor) -> Detections:
-        """Detects.
+        """Detects the objects in an image.
 
         Args:
             image: (3, H, W) float32, 0 to 255, channels in the order of the detector's ``input_format``.
-            score_threshold: least score of a detection, () float32; as in the detector, what ranks detections may be
-                another score.
+            score_threshold: lowest class score of a detection, () float32. Some detectors rank detections by another
+                score.
 
         Returns:
             Boxes (M, 4) XYXY in pixels of the image, scores (M,) and classes (M,) int64, best first.
         """
-        self.detector.test_score_thresh = score_threshold  # in place of the config's number, so that tracing sees it
+        self.detector.test_score_thresh = score_threshold  # instead of a number, so that tracing sees it
         found = self.detector([{"image": image}])[0]["instances"]
         return found.pred_boxes.tensor, found.scores, found.pred_classes
 
 
 def load_detector(config_file: str, weights: str, opts: Sequence[str] = (), device: str = "cpu") -> DenseDetector:
-    """Builds the detector of a config, distilled or not, without teacher, and loads all of its weights.
+    """Builds the detector of a config, distilled or not, without a teacher, and loads all of its weights.
 
     Args:
-        config_file: a ``.yaml``, the ``.py`` of a LazyConfig with a ``model``, or a name of detectron2's model zoo.
-        weights: any checkpoint, also of the middle of a run.
+        config_file: a ``.yaml`` file, the ``.py`` file of a LazyConfig with a ``model``, or a name of detectron2's
+            model zoo.
+        weights: any checkpoint of a run.
         opts: overrides of the config, in its own style.
-        device: where it is built.
+        device: where to build it.
 
     Raises:
-        D2kdError: there is no config or file, the detector is none that this package knows how to export, or the
-            weights do not fill it.
+        D2kdError: there is no such config or file, the detector cannot be exported, or the weights do not fill it.
     """
     path = find_config(config_file)
-    if path.endswith(".py"):
-        model = LazyConfig.apply_overrides(LazyConfig.load(path), list(opts)).model
-        if "teacher" in model:
-            model.methods, model.teacher, model.inherit = [], None, []
-        detector = instantiate(model).to(device)
-    else:
-        cfg = load_config(path, opts)
-        drop_teacher(cfg)
+    cfg = _load(path, opts)
+    if isinstance(cfg, CfgNode):
         cfg.MODEL.DEVICE = device
         detector = build_model(cfg)
+    else:
+        detector = instantiate(cfg.model).to(device)
     if not (isinstance(detector, DenseDetector) and hasattr(detector, "test_score_thresh")):
         raise D2kdError(f"{config_file} makes a {type(detector).__name__}, not a dense detector that can be exported")
     load_strict(detector, weights)
     return detector.requires_grad_(False).eval()
 
 
+def _load(config_file: str, opts: Sequence[str]) -> Any:
+    """Loads a config of either style, without a teacher."""
+    path = find_config(config_file)
+    if not path.endswith(".py"):
+        return load_config(path, opts, with_teacher=False)
+    cfg = LazyConfig.apply_overrides(LazyConfig.load(path), list(opts))
+    drop_teacher(cfg)
+    return cfg
+
+
+def evaluation_size(config_file: str, opts: Sequence[str] = ()) -> Tuple[int, int]:
+    """Height and width of a wide image after the resizing of a config's evaluation: its shortest and longest side.
+
+    They are INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST, or those of ``ResizeShortestEdge`` in a LazyConfig's
+    ``dataloader.test.mapper``; 800 and 1333 if the config does not resize.
+    """
+    cfg = _load(config_file, opts)
+    if isinstance(cfg, CfgNode):
+        shortest, longest = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
+    else:
+        augmentations = OmegaConf.select(cfg, TEST_AUGMENTATIONS) or []
+        sizes = [x for x in augmentations if isinstance(x, Mapping) and "short_edge_length" in x]
+        shortest, longest = (sizes[0]["short_edge_length"], sizes[0].get("max_size", 0)) if sizes else (0, 0)
+    shortest = shortest if isinstance(shortest, int) else max(shortest)  # a LazyConfig may give several
+    shortest, longest = shortest or DEFAULT_SIZE[0], longest or DEFAULT_SIZE[1]
+    return min(shortest, longest), longest
+
+
 def export_torchscript(detector: DenseDetector, path: Path, size: Tuple[int, int]) -> Run:
-    """Writes a TorchScript file, for the device that the detector is on, and returns it loaded again.
+    """Writes a TorchScript file for the detector's device, and loads it again.
 
     Args:
         detector: from :func:`load_detector`.
-        path: the file.
-        size: height and width in pixels of the image that is traced; the file takes others as well.
+        path: the file to write.
+        size: height and width in pixels of the image used for tracing; the file takes others as well.
     """
     with _quiet():
         traced = torch.jit.trace(Exportable(detector), _example(size, detector.device), check_trace=False)
@@ -113,9 +140,12 @@ def export_torchscript(detector: DenseDetector, path: Path, size: Tuple[int, int
 
 
 def export_onnx(detector: DenseDetector, path: Path, size: Tuple[int, int]) -> Run:
-    """Writes an ONNX file, and returns it as onnxruntime runs it on the CPU.
+    """Writes an ONNX file, and loads it with onnxruntime on the CPU.
 
-    Arguments are those of :func:`export_torchscript`.
+    Args:
+        detector: from :func:`load_detector`.
+        path: the file to write.
+        size: height and width in pixels of the image used for tracing; the file takes others as well.
 
     Raises:
         D2kdError: onnx or onnxruntime is missing.
@@ -132,7 +162,7 @@ def export_onnx(detector: DenseDetector, path: Path, size: Tuple[int, int]) -> R
                 exportable,
                 _example(size),
                 str(path),
-                # torch's other exporter stumbles over sizes that depend on the image, as those of detections do.
+                # torch's other exporter fails on sizes that depend on the image, like the number of detections.
                 dynamo=False,
                 opset_version=OPSET,
                 input_names=list(INPUTS),
@@ -145,7 +175,7 @@ def export_onnx(detector: DenseDetector, path: Path, size: Tuple[int, int]) -> R
 
 
 def _stable_sort(graph: Any, values: Any, stable: Any, dim: Any, descending: Any) -> Any:
-    """A stable descending sort of a vector, as OneAnchorDetector has it; torch's exporter knows the unstable one only.
+    """Stable descending sort of a vector, as in OneAnchorDetector; torch's exporter supports only an unstable one.
 
     ONNX's TopK is stable by definition.
     """
@@ -167,20 +197,20 @@ def _onnx_session(path: Path) -> Run:
 
 
 def _example(size: Tuple[int, int], device: Any = "cpu") -> Tuple[Tensor, Tensor]:
-    """What is traced. Nothing is below the threshold, so that no branch for an empty result is taken for good."""
+    """Inputs for tracing. No score is below the threshold, so that tracing does not record a branch without results."""
     return random_image(size).to(device), torch.tensor(0.0, device=device)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silences what tracing says of every branch, and that torch has a newer exporter."""
+    """Silences warnings about each branch during tracing, and about torch's newer exporter."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 def random_image(size: Tuple[int, int]) -> Tensor:
-    """An image of coloured blobs, always the same: (3, H, W) float32, 0 to 255.
+    """An image of colored blobs, always the same: (3, H, W) float32, 0 to 255.
 
     Args:
         size: H and W in pixels.
@@ -192,15 +222,15 @@ def random_image(size: Tuple[int, int]) -> Tensor:
 
 @dataclass
 class Agreement:
-    """How far the detections of a file are from PyTorch's, for one image.
+    """Differences between the detections of a file and PyTorch's, for one image.
 
     Attributes:
-        size: the image's height and width.
+        size: height and width of the image.
         threshold: the score threshold.
-        detections: number that PyTorch gives.
-        unmatched: number, of both together, that have no counterpart within the tolerances.
-        box: largest difference of a coordinate between counterparts, pixels.
-        score: of a score.
+        detections: number of PyTorch's detections.
+        unmatched: number of detections, of both, that have no counterpart within the tolerances.
+        box: largest difference of a coordinate between counterparts, in pixels.
+        score: largest difference of a score between counterparts.
     """
 
     size: Tuple[int, int]
@@ -212,37 +242,52 @@ class Agreement:
 
 
 def check_agreement(name: str, run: Run, detector: DenseDetector, sizes: Sequence[Tuple[int, int]]) -> List[Agreement]:
-    """Compares an exported file with PyTorch, on images of several sizes, for all detections and for none.
+    """Compares an exported file with PyTorch on images of several sizes, for all detections and for the better half.
 
     Args:
-        name: what the message calls the file.
+        name: name of the file in the message.
         run: the file.
-        detector: what it was made of.
+        detector: the detector that was exported.
         sizes: heights and widths in pixels.
 
     Raises:
-        D2kdError: they differ by more than last bits explain.
+        D2kdError: they differ by more than last bits explain, or there are no detections to compare.
     """
     exportable = Exportable(detector)
     agreements = []
     for size in sizes:
-        for threshold in (0.0, 1.0):
-            inputs = random_image(size).to(detector.device), torch.tensor(threshold, device=detector.device)
-            found, expected = run(*inputs), exportable(*inputs)
-            agreement = Agreement(size, threshold, len(expected[0]), *_differences(found, expected))
-            if agreement.unmatched > MAX_UNMATCHED * (len(found[0]) + len(expected[0])):
-                raise D2kdError(
-                    f"{name} does not do what the detector does: of {len(found[0])} and {len(expected[0])} detections "
-                    f"in an image of {size[0]} x {size[1]} pixels, {agreement.unmatched} have no counterpart"
-                )
-            agreements.append(agreement)
+        image = random_image(size).to(detector.device)
+        scores = exportable(image, torch.tensor(0.0, device=detector.device))[1]
+        if len(scores) == 0:
+            raise D2kdError(f"{name} cannot be checked: the detector finds nothing in an image of {_text(size)} pixels")
+        half = len(scores) // 2
+        between = scores[max(half - 1, 0) : half + 1].mean().item()  # no score is close to it
+        for threshold in (0.0, between):
+            agreements.append(_agreement(name, run, exportable, image, threshold))
     return agreements
 
 
-def _differences(found: Detections, expected: Detections) -> Tuple[int, float, float]:
-    """Number of detections without counterpart, and the largest differences of box and score between counterparts.
+def _agreement(name: str, run: Run, exportable: Exportable, image: Tensor, threshold: float) -> Agreement:
+    size = (image.shape[1], image.shape[2])
+    inputs = image, torch.tensor(threshold, device=image.device)
+    found, expected = run(*inputs), exportable(*inputs)
+    agreement = Agreement(size, threshold, len(expected[0]), *_differences(found, expected))
+    if agreement.unmatched > MAX_UNMATCHED * (len(found[0]) + len(expected[0])):
+        raise D2kdError(
+            f"{name} does not do what the detector does: of {len(found[0])} and {len(expected[0])} detections in an "
+            f"image of {_text(size)} pixels, {agreement.unmatched} have no counterpart"
+        )
+    return agreement
 
-    The order does not matter: equal scores may come in any.
+
+def _text(size: Tuple[int, int]) -> str:
+    return f"{size[0]} x {size[1]}"
+
+
+def _differences(found: Detections, expected: Detections) -> Tuple[int, float, float]:
+    """Number of detections without a counterpart, and the largest differences of box and score between counterparts.
+
+    The order does not matter, since detections of equal scores may come in any.
     """
     boxes, scores, classes = (x.cpu()[:, None] for x in found)
     box = (boxes - expected[0].cpu()).abs().amax(-1)
@@ -261,12 +306,12 @@ def median_ms(run: Run, device: Any, size: Tuple[int, int], seconds: float = 3.0
     """Median latency of a detector or file in milliseconds, one image at a time.
 
     Args:
-        run: what to time; its threshold is 0.05.
-        device: where the image lies.
+        run: what to time; the score threshold is 0.05.
+        device: device of the image.
         size: height and width of the image.
-        seconds: how long to measure at least.
+        seconds: how long to measure, at least.
     """
     inputs = random_image(size).to(device), torch.tensor(0.05, device=device)
     timer = Timer("run(*inputs)", globals={"run": run, "inputs": inputs}, num_threads=torch.get_num_threads())
-    timer.timeit(2)  # TorchScript optimises in its first two calls
+    timer.timeit(2)  # TorchScript optimizes in its first two calls
     return 1000 * timer.blocked_autorange(min_run_time=seconds).median

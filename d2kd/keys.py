@@ -41,6 +41,7 @@ LAZY: Dict[str, str] = {
     "SOLVER.EMA_DECAY": "train.ema_decay",
     "SOLVER.IMS_PER_BATCH": "dataloader.train.total_batch_size",
     "SOLVER.MAX_ITER": "train.max_iter",
+    "SOLVER.STEPS": "lr_multiplier.scheduler.milestones",
     "TEST.DETECTIONS_PER_IMAGE": "model.max_detections_per_image",
     "TEST.EVAL_PERIOD": "train.eval_period",
 }

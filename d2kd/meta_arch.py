@@ -21,6 +21,7 @@ from .dense import DenseOutputs, Targets, evaluation_mode, make_targets, run_den
 from .diagnose.gradients import GRADIENT, gradient_ratios
 from .errors import D2kdError
 from .heads import Cut
+from .keys import key
 from .methods import (
     Method,
     Schedule,
@@ -166,7 +167,7 @@ class DistillMetaArch(_Student):
             "inherit": distill.INHERIT,
             "gradient_period": distill.GRADIENT_PERIOD,
             "sync_normalizer": distill.SYNC_NORMALIZER,
-            "teacher": load_teacher(teacher.CONFIG_FILE, teacher.WEIGHTS, teacher.OPTS)
+            "teacher": load_teacher(teacher.CONFIG_FILE, teacher.WEIGHTS, teacher.OPTS, when_needed=True)
             if methods or distill.INHERIT
             else None,
         }
@@ -187,7 +188,7 @@ class DistillMetaArch(_Student):
     def _meet_teacher(self, class_map: ClassMap, class_names: Sequence[str], inherit: Sequence[str]) -> None:
         """Checks that the teacher fits, and prepares what depends on both."""
         if self.teacher is None:
-            raise D2kdError("methods and INHERIT need a teacher: set MODEL.DISTILL.TEACHER (LazyConfig: model.teacher)")
+            raise D2kdError(f"methods and INHERIT need a teacher: set {key('MODEL.DISTILL.TEACHER')}")
         teacher = self.teacher.architecture
         reads_head, resizes = _reads_head(self.methods), _resizes(self.methods)
         check_contract(self, reads_head)

@@ -13,6 +13,8 @@ PRIVATE_NAMES = {
     "detectron2.modeling.meta_arch.dense_detector:DenseDetector._ema_update": "SYNC_NORMALIZER has no effect",
     "detectron2.modeling.meta_arch.dense_detector:DenseDetector._transpose_dense_predictions": "GFL, ATSS and FCOS "
     "detect nothing",
+    "detectron2.modeling.meta_arch.retinanet:RetinaNetHead._num_features": "a LazyConfig with the "
+    "wrong number of levels fails in the first iteration",
     "detectron2.modeling.backbone.fpn:FPN._out_features": "LateralFPN returns no features",
     "detectron2.modeling.backbone.fpn:FPN._fuse_type": "LateralFPN cannot average levels",
     "detectron2.checkpoint.detection_checkpoint:DetectionCheckpointer._load_file": "files may run code when loaded",

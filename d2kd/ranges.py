@@ -268,7 +268,7 @@ def check_ranges(values: Mapping[str, Any], is_lazy: bool, prefix: str = "") -> 
 
 
 def check_relations(values: Mapping[str, Any], is_lazy: bool, prefix: str = "") -> None:
-    """Checks values that depend on each other, after :func:`check_ranges`; arguments likewise."""
+    """Checks values that depend on each other, after :func:`check_ranges`; takes the same arguments."""
     for check in (
         _check_labels,
         _check_anchors,

@@ -16,6 +16,7 @@ from .contract import Dense, channel_order
 from .dense import DenseOutputs, preprocess, run_dense
 from .errors import D2kdError
 from .heads import Cut
+from .keys import key
 from .overrides import apply_override
 from .pairing import class_names
 from .ranges import check_config
@@ -72,9 +73,8 @@ class Teacher:
         if self.loaded:
             return
         if not self.weights:
-            raise D2kdError(
-                "the teacher has no weights: set MODEL.DISTILL.TEACHER.WEIGHTS (LazyConfig: model.teacher.weights)"
-            )
+            setting = key("MODEL.DISTILL.TEACHER.WEIGHTS")
+            raise D2kdError(f"the teacher has no weights: set {setting} to the file of a trained detector")
         load_strict(self.network, self.weights)
         self.loaded = True
         name = type(self.network).__name__
@@ -120,11 +120,9 @@ def load_teacher(
     opts: Sequence[str] = (),
     device: str = "cpu",
     input_format: Optional[str] = None,
+    when_needed: bool = False,
 ) -> Teacher:
     """Builds a teacher from a config and loads its weights, completely or not at all.
-
-    Evaluation needs no teacher, so a file that is not on this machine (a URL, or a path without a file) is not an error
-    yet: the teacher loads it when it is first used.
 
     Args:
         config_file: a ``.yaml`` file, the ``.py`` file of a LazyConfig with a ``model``, or a name of detectron2's
@@ -133,6 +131,8 @@ def load_teacher(
         opts: overrides of the config, in its own style.
         device: where to build it; a student moves it to its own device.
         input_format: "BGR" or "RGB"; by default what the config says.
+        when_needed: load weights that are not on this machine (a URL, or a path without a file) when the teacher is
+            first used. A student that is only evaluated never uses it.
 
     Raises:
         D2kdError: there is no such config, its model is not a dense detector, or the weights do not fill all of it.
@@ -142,7 +142,7 @@ def load_teacher(
     if not isinstance(detector, DenseDetector):
         raise D2kdError(f"the teacher of {config_file} is a {type(detector).__name__}, not a dense detector")
     teacher = Teacher(detector, input_format or config_format, names, weights, loaded=False)
-    if os.path.isfile(weights):
+    if os.path.isfile(weights) or not when_needed:
         teacher.prepare()
     return teacher
 

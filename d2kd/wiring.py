@@ -75,7 +75,8 @@ def _outputs(detector: Any) -> str:
 
 def _extra_levels(backbone: Any) -> str:
     """Whether the levels on top of an FPN take as many channels as they get."""
-    top, bottom_up = getattr(backbone, "top_block", None), getattr(backbone, "bottom_up", None)
+    top: Any = getattr(backbone, "top_block", None)
+    bottom_up: Any = getattr(backbone, "bottom_up", None)
     first = next((x for x in top.modules() if isinstance(x, nn.Conv2d)), None) if top is not None else None
     if first is None or bottom_up is None:
         return ""

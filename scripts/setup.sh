@@ -33,7 +33,7 @@ esac
 if [ "$VENV" = system ]; then
   [ -z "$DETECTRON2" ] || fail "VENV=system installs nothing; leave DETECTRON2 out, or leave VENV out to make .venv"
   for module in torch torchvision detectron2 cv2 matplotlib tensorboard safetensors onnx onnxruntime \
-    pytest xdist hypothesis ruff mypy; do
+    pytest hypothesis ruff mypy; do
     "$PYTHON" -c "import importlib.util as u, sys; sys.exit(u.find_spec('$module') is None)" ||
       fail "VENV=system: $PYTHON has no $module; install it there (see requirements/), or leave VENV out to make .venv"
   done

@@ -1,31 +1,61 @@
-"""Shared by all tests: quiet, two threads, and what the parity test ran, printed at the end."""
+"""Shared by all tests: threads, isolation of tests from each other, a small data set, and the parity summary."""
 
 import os
 import shutil
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any, Iterator
+
+# Before torch is imported. More threads gain nothing at these sizes, and lose much where cores are busy.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
-from fvcore.nn import sigmoid_focal_loss_jit
 
 os.environ.setdefault("D2KD_GOLDENS", str(Path(__file__).parent / "goldens"))
-os.environ["DETECTRON2_DATASETS"] = DATASETS = tempfile.mkdtemp(prefix="d2kd_datasets_")
+os.environ["DETECTRON2_DATASETS"] = DATASETS = tempfile.mkdtemp(prefix="d2kd_datasets_")  # one per xdist worker
 sys.path.insert(0, str(Path(__file__).parent))
+
+from isolation import restored_catalogs, restored_process, seed_everything
 
 from d2kd.data import write_blood_cells
 
-torch.set_num_threads(2)
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol() -> Iterator[Any]:
+    """Around a test and the setup and teardown of its fixtures."""
+    with restored_process():
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup() -> Iterator[Any]:
+    """Every fixture starts from the same seeds, so that shared ones do not depend on which test comes first."""
+    seed_everything()
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Iterator[Any]:
+    """Every test starts from the same seeds."""
+    seed_everything()
+    return (yield)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _catalogs() -> Iterator[None]:
+    with restored_catalogs():
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _warm_focal_loss() -> None:
-    """The scripted focal loss of fvcore has other last bits in its first calls, before the JIT has optimised it."""
-    for _ in range(4):
-        logits = torch.randn(8, 3, requires_grad=True)
-        loss = sigmoid_focal_loss_jit(logits, torch.zeros(8, 3), alpha=0.25, gamma=2.0, reduction="sum")
-        loss.backward()
+def _plain_jit() -> Iterator[None]:
+    """Runs scripted functions, such as fvcore's focal loss, as written: optimized, their last bits may change after
+    the first calls, and a test would depend on how often the process called them before.
+    """
+    with torch.jit.optimized_execution(False):
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -42,7 +72,7 @@ def pytest_unconfigure() -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Says how many golden cases ran and which are not covered, so that none counts as passed unseen."""
+    """Reports how many golden cases ran and which are not covered, so that none counts as passed unseen."""
     from goldens import GOLDENS, covered_cases, uncovered_cases
 
     for report in [*terminalreporter.stats.get("passed", []), *terminalreporter.stats.get("failed", [])]:

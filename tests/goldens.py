@@ -1,11 +1,13 @@
-"""Reads the golden numbers: where they are, which are covered, and detectors with their weights."""
+"""Reads the golden numbers: where they are, which are covered, and detectors of their sizes with their weights."""
 
 import json
+import math
 import os
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Type
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Type
 
 import numpy as np
+import pytest
 import torch
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import Backbone, RetinaNet
@@ -15,7 +17,7 @@ from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor
 
 from d2kd.checkpoint import convert_mmdet
@@ -25,8 +27,11 @@ from d2kd.modeling import ATSS, FCOS, GFL, ATSSHead, FCOSHead, GFLHead
 from d2kd.modeling.backbone import BLOCKS_OF_DEPTH, ExtraLevels, make_resnet
 from d2kd.teacher import Teacher
 
+COMMITTED = Path(__file__).parent / "goldens"
 GOLDENS = Path(os.environ["D2KD_GOLDENS"])
-LEVELS = ("p3", "p4", "p5", "p6", "p7")
+# Another folder may hold goldens of some kinds only.
+of_committed_goldens = pytest.mark.skipif(GOLDENS.resolve() != COMMITTED, reason="D2KD_GOLDENS is another folder")
+FIRST_LEVEL = 3  # p3, whose stride is 8
 INPUTS = ("_inputs", "_student", "_teacher")
 BLOCKS = ("blocks_anchors", "blocks_assign", "blocks_coders", "blocks_losses_cls", "blocks_losses_iou")
 BLOCKS += ("blocks_pkd_align", "blocks_post_retinanet")
@@ -87,30 +92,47 @@ class Golden:
         return json.loads(str(self.arrays[key]))
 
     def levels(self, pattern: str) -> List[Tensor]:
-        """Arrays of all levels; ``{}`` in the pattern stands for p3 to p7."""
-        return [self[pattern.format(level)] for level in LEVELS]
+        """Arrays of all levels that the file has; ``{}`` in the pattern stands for p3, p4 and so on."""
+        found = [level for level in level_names(10) if pattern.format(level) in self.arrays]
+        assert found, f"no level of {pattern}"
+        return [self[pattern.format(level)] for level in found]
 
     def group(self, prefix: str) -> Dict[str, Tensor]:
         """Arrays whose names start with a prefix, without it."""
         return {key[len(prefix) :]: self[key] for key in self.arrays if key.startswith(prefix)}
 
 
-class Maps(Backbone):
-    """Stands for a backbone: gives stored FPN maps whatever the image."""
+def level_names(count: int) -> List[str]:
+    """Names of FPN levels: p3, p4 and so on."""
+    return [f"p{FIRST_LEVEL + i}" for i in range(count)]
 
-    def __init__(self, maps: List[Tensor]) -> None:
+
+def level_strides(count: int) -> List[int]:
+    """Strides of these levels: 8, 16 and so on."""
+    return [2 ** (FIRST_LEVEL + i) for i in range(count)]
+
+
+class Maps(Backbone):
+    """Stands for a backbone: returns stored FPN maps whatever the image.
+
+    Args:
+        maps: of each level.
+        strides: their strides; 8, 16 and so on by default.
+    """
+
+    def __init__(self, maps: List[Tensor], strides: Optional[Sequence[int]] = None) -> None:
         super().__init__()
         self.maps = maps
-        self._out_features = list(LEVELS)
-        self._out_feature_strides = dict(zip(LEVELS, (8, 16, 32, 64, 128)))
-        self._out_feature_channels = {level: m.shape[1] for level, m in zip(LEVELS, maps)}
+        self._out_features = level_names(len(maps))
+        self._out_feature_strides = dict(zip(self._out_features, strides or level_strides(len(maps))))
+        self._out_feature_channels = {level: m.shape[1] for level, m in zip(self._out_features, maps)}
 
     @property
     def size_divisibility(self) -> int:
         return 32
 
     def forward(self, _: Tensor) -> Dict[str, Tensor]:
-        return dict(zip(LEVELS, self.maps))
+        return dict(zip(self._out_features, self.maps))
 
 
 def make_fpn(config: Dict[str, Any]) -> FPN:
@@ -152,7 +174,7 @@ def retinanet_args(config: Dict[str, Any], backbone: Backbone) -> Dict[str, Any]
             num_anchors=octaves * len(anchors["ratios"]),
             conv_dims=[head["feat_channels"]] * head["stacked_convs"],
         ),
-        "head_in_features": list(LEVELS),
+        "head_in_features": level_names(len(sizes)),
         "anchor_generator": DefaultAnchorGenerator(
             sizes=sizes, aspect_ratios=anchors["ratios"], strides=anchors["strides"], offset=0.0
         ),
@@ -161,19 +183,34 @@ def retinanet_args(config: Dict[str, Any], backbone: Backbone) -> Dict[str, Any]
             [assigner["neg_iou_thr"], assigner["pos_iou_thr"]], [0, -1, 1], allow_low_quality_matches=True
         ),
         "num_classes": head["num_classes"],
-        "test_score_thresh": test["score_thr"],
-        "test_nms_thresh": test["nms"]["iou_threshold"],
+        **test_args(test),
         "pixel_mean": data["mean"],
         "pixel_std": data["std"],
         "input_format": input_format(config),
     }
 
 
+def test_args(test: Dict[str, Any]) -> Dict[str, Any]:
+    """Thresholds of detections from an mmdet config's test_cfg."""
+    return {
+        "test_score_thresh": test["score_thr"],
+        "test_topk_candidates": test["nms_pre"],
+        "test_nms_thresh": test["nms"]["iou_threshold"],
+        "max_detections_per_image": test["max_per_img"],
+    }
+
+
+def strides_of(config: Dict[str, Any]) -> List[int]:
+    """The levels' strides in an mmdet config."""
+    head = config["bbox_head"]
+    return head["strides"] if "strides" in head else head["anchor_generator"]["strides"]
+
+
 def dense_args(config: Dict[str, Any], backbone: Backbone) -> Dict[str, Any]:
     """Arguments that GFL, ATSS and FCOS have in common, from an mmdet config, with a head of the right class."""
     head, test = config["bbox_head"], config["test_cfg"]
     data = config.get("data_preprocessor", {"mean": [0.0] * 3, "std": [1.0] * 3})
-    groups = head["norm_cfg"]["num_groups"]
+    groups, strides = head["norm_cfg"]["num_groups"], strides_of(config)
     options = {
         "GFLHead": {"reg_max": head.get("reg_max")},
         "FCOSHead": {"box_scales": True, "box_exp": True, "ctrness_on_cls": CTRNESS_ON_CLS, "tower_bias": False},
@@ -182,20 +219,27 @@ def dense_args(config: Dict[str, Any], backbone: Backbone) -> Dict[str, Any]:
     return {
         "backbone": backbone,
         "head": head_class(
-            input_shape=[ShapeSpec(channels=head["in_channels"])] * len(LEVELS),
+            input_shape=[ShapeSpec(channels=head["in_channels"], stride=stride) for stride in strides],
             num_classes=head["num_classes"],
             conv_dims=[head["feat_channels"]] * head["stacked_convs"],
-            norm=lambda channels: torch.nn.GroupNorm(groups, channels),
+            # detectron2 also makes a norm of 32 channels, only to see its type
+            norm=lambda channels: torch.nn.GroupNorm(math.gcd(groups, channels), channels),
             **options.get(head["type"], {}),
         ),
-        "head_in_features": list(LEVELS),
+        "head_in_features": level_names(len(strides)),
         "num_classes": head["num_classes"],
-        "test_score_thresh": test["score_thr"],
-        "test_nms_thresh": test["nms"]["iou_threshold"],
+        **test_args(test),
         "pixel_mean": data["mean"],
         "pixel_std": data["std"],
         "input_format": input_format(config),
     }
+
+
+def anchor_point_args(config: Dict[str, Any], backbone: Backbone) -> Dict[str, Any]:
+    """The same with the anchors and candidates of GFL and ATSS."""
+    scale = config["bbox_head"]["anchor_generator"]["octave_base_scale"]
+    assigned = {"anchor_scale": float(scale), "topk": config["train_cfg"]["assigner"]["topk"]}
+    return {**dense_args(config, backbone), **assigned}
 
 
 def input_format(config: Dict[str, Any]) -> str:
@@ -225,16 +269,23 @@ FCOS_OPTIONS = {"box_loss": "iou_log", "normalizer": "centerness", "centerness_w
 FCOS_LOSSES = {"loss_fcos_cls": "loss_cls", "loss_fcos_loc": "loss_bbox", "loss_fcos_ctr": "loss_centerness"}
 KINDS = {
     "retinanet": Kind(RetinaNet, DistillRetinaNet, retinanet_args, {}),
-    "gfl": Kind(GFL, DistillGFL, dense_args, {key: key for key in ("loss_cls", "loss_bbox", "loss_dfl")}),
-    "atss": Kind(ATSS, DistillATSS, dense_args, {key: key for key in ("loss_cls", "loss_bbox", "loss_centerness")}),
+    "gfl": Kind(GFL, DistillGFL, anchor_point_args, {key: key for key in ("loss_cls", "loss_bbox", "loss_dfl")}),
+    "atss": Kind(
+        ATSS, DistillATSS, anchor_point_args, {key: key for key in ("loss_cls", "loss_bbox", "loss_centerness")}
+    ),
     "fcos": Kind(FCOS, DistillFCOS, fcos_args, FCOS_LOSSES, FCOS_OPTIONS),
 }
 
 
 class Case:
-    """A head or full case: the distilling model with the golden's weights, its batch, and what it should give."""
+    """A head or full case: the distilling model with the golden's weights, its batch, and what it should give.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: the golden's file.
+        double: make the model and its maps float64.
+    """
+
+    def __init__(self, path: Path, double: bool = False) -> None:
         self.golden = Golden(path)
         self.full = path.name.startswith("full_")
         self.kind = KINDS[path.stem.split("_")[1]]
@@ -249,8 +300,11 @@ class Case:
             backbones = [make_fpn(config), make_fpn(teacher_config)]
             teacher_config = {**config, **teacher_config}
         else:
-            self.maps = [m.requires_grad_() for m in self.inputs.levels("stu.fpn.{}")]
-            backbones = [Maps(self.maps), Maps(self.inputs.levels("tea.fpn.{}"))]
+            self.maps, teacher_maps = (self.inputs.levels(f"{who}.fpn.{{}}") for who in ("stu", "tea"))
+            if double:
+                self.maps, teacher_maps = ([m.double() for m in maps] for maps in (self.maps, teacher_maps))
+            self.maps = [m.requires_grad_() for m in self.maps]
+            backbones = [Maps(maps, strides_of(config)) for maps in (self.maps, teacher_maps)]
             teacher_config = config
         self.state = self.inputs.group("student.")
         teacher = self.kind.plain(**self.kind.arguments(teacher_config, backbones[1]))
@@ -261,6 +315,9 @@ class Case:
             methods=self.methods(pre_activation=path.stem.endswith("_preact")),
         )
         fill(self.student, self.state)
+        if double:
+            self.student.double()
+            teacher.double()
         self.teacher_file = teacher_file
         self.student.train()
         for module in self.student.modules():
@@ -289,12 +346,9 @@ class Case:
     def batch(self) -> List[Dict[str, Any]]:
         """The batch as a dataset mapper would give it, in the student's channel order."""
         batch = []
-        for i, size in enumerate(self.inputs["img_shapes"].tolist()):
-            image = self.inputs[f"image.{i}"] if self.full else torch.zeros(3, *size)
+        for i, target in enumerate(truths(self.find("gt.0.boxes"), self.inputs["img_shapes"])):
+            image = self.inputs[f"image.{i}"] if self.full else torch.zeros(3, *target.image_size)
             image = image.flip(0) if self.student.input_format == "RGB" else image
-            target = Instances(tuple(size))
-            target.gt_boxes = Boxes(self.find(f"gt.{i}.boxes")[f"gt.{i}.boxes"].reshape(-1, 4))
-            target.gt_classes = self.find(f"gt.{i}.labels")[f"gt.{i}.labels"].long()
             batch.append({"image": image, "instances": target})
         return batch
 
@@ -308,8 +362,10 @@ class Case:
 
     def order(self, per_level: List[Tensor]) -> Tensor:
         """All levels in one, (N, R, ...), RetinaNet's anchors in detectron2's order."""
-        reorder = slot_order if self.kind.plain is RetinaNet else lambda level: level
-        return torch.cat([reorder(level) for level in per_level], dim=1)
+        if self.kind.plain is RetinaNet:
+            anchors = self.inputs.json("config_json")["bbox_head"]["anchor_generator"]
+            per_level = [slot_order(x, len(anchors["ratios"]), anchors["scales_per_octave"]) for x in per_level]
+        return torch.cat(per_level, dim=1)
 
     def gradients(self, prefix: str) -> Dict[str, Tensor]:
         """Golden gradients of parameters under detectron2's names; NaN where the file has none."""
@@ -342,6 +398,35 @@ def slot_order(per_level: Tensor, num_ratios: int = 3, num_octaves: int = 3) -> 
     n, total, *rest = per_level.shape
     cells = per_level.view(n, total // (num_ratios * num_octaves), num_ratios, num_octaves, *rest)
     return cells.transpose(2, 3).reshape(n, total, *rest)
+
+
+def truths(golden: Golden, sizes: Tensor) -> List[Instances]:
+    """Ground truth of each image of a golden, of given sizes (N, 2)."""
+    instances = []
+    for i, size in enumerate(sizes.tolist()):
+        boxes = Boxes(golden[f"gt.{i}.boxes"].reshape(-1, 4))
+        instances.append(Instances(tuple(size), gt_boxes=boxes, gt_classes=golden[f"gt.{i}.labels"].long()))
+    return instances
+
+
+def image_list(golden: Golden) -> ImageList:
+    """Black images of a golden's sizes in a batch of its size."""
+    sizes = [tuple(size) for size in golden["img_shapes"].tolist()]
+    height, width = golden["batch_shape"].tolist()
+    return ImageList(torch.zeros(len(sizes), 3, height, width), sizes)
+
+
+def zero_maps(golden: Golden, channels: int = 4, levels: int = 5) -> List[Tensor]:
+    """Maps of zeros of a golden's batch size."""
+    images, (height, width) = len(golden["img_shapes"]), golden["batch_shape"].tolist()
+    return [torch.zeros(images, channels, -(-height // s), -(-width // s)) for s in level_strides(levels)]
+
+
+def close_levels(ours: Sequence[Tensor], golden: Sequence[Tensor], tolerance: float, what: str) -> None:
+    """Asserts :func:`close` on each level."""
+    assert len(ours) == len(golden), f"{what}: {len(ours)} levels are not {len(golden)}"
+    for level, (mine, theirs) in enumerate(zip(ours, golden)):
+        close(mine, theirs, tolerance, f"{what} level {level}")
 
 
 def close(ours: Optional[Tensor], golden: Tensor, tolerance: float, what: str) -> None:

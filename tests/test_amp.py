@@ -39,7 +39,9 @@ def student(teachers, detector, methods):
     return build(distill_config(teachers / f"{detector}.pth", *opts, methods=methods, teacher_opts=teacher_opts))
 
 
-@pytest.mark.parametrize("boxes", [(2, 0), (0, 0)], ids=["one empty", "none"])
+@pytest.mark.parametrize(
+    "boxes", [pytest.param((2, 0), id="one empty"), pytest.param((0, 0), id="none", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize(("method", "detector"), PAIRS)
 def test_losses_are_float32_and_finite(teachers, method, detector, boxes):
     """The detector's own as well; all near those of float32, with finite gradients."""
@@ -71,7 +73,7 @@ def lazy_command(folder, teachers, *opts):
     return ["--config-file", LAZY, *run]
 
 
-@pytest.mark.parametrize("command", [yaml_command, lazy_command])
+@pytest.mark.parametrize("command", [yaml_command, pytest.param(lazy_command, marks=pytest.mark.slow)])
 def test_a_run_on_the_cpu(command, teachers, tmp_path, monkeypatch):
     """Student and teacher run in bfloat16; evaluation, of the average too, and all weights stay in float32."""
     seen = set()

@@ -7,10 +7,11 @@ import pytest
 import torch
 import yaml
 from detectron2.config import LazyConfig, get_cfg, instantiate
+from detectron2.engine import DefaultPredictor
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from detectron2.solver import build_lr_scheduler
 from omegaconf import ListConfig
-from small import CONFIGS, save_teacher
+from small import CONFIGS, batch, save_teacher
 from torch.overrides import TorchFunctionMode
 
 from d2kd.config import add_distill_config, find_config, load_config
@@ -50,7 +51,11 @@ def load_on_cpu(path):
     return cfg
 
 
-@pytest.mark.parametrize("path", YAMLS, ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "path",
+    [p if p.name.startswith("quick_") else pytest.param(p, marks=pytest.mark.slow) for p in YAMLS],
+    ids=lambda p: p.name,
+)
 def test_yaml_merges_builds_and_reloads(path, untrained, tmp_path):
     cfg = load_on_cpu(path)
     again = get_cfg()
@@ -223,6 +228,87 @@ def test_configs_are_found_beside_the_config_and_in_the_zoo(tmp_path, monkeypatc
     assert Path(find_config("COCO-Detection/retinanet_R_50_FPN_1x.yaml")).is_file()
     with pytest.raises(D2kdError, match="no model of detectron2's zoo"):
         find_config("nothing.yaml")
+
+
+def test_a_plain_detector_with_methods_is_refused():
+    """It would ignore them. Evaluation, and the plain baseline of a distilling config, are fine."""
+    config = str(CONFIGS / "crosskd_retinanet_R18.yaml")
+    plain = ["MODEL.META_ARCHITECTURE", "RetinaNet"]
+    with pytest.raises(D2kdError, match=r"RetinaNet is a plain detector .* set it to DistillRetinaNet, or set METHODS"):
+        load_config(config, plain)
+    nothing = ["MODEL.DISTILL.METHODS", "()"]
+    with pytest.raises(D2kdError, match="plain detector"):
+        load_config(config, [*plain, *nothing, "MODEL.DISTILL.INHERIT", "('neck',)"])
+    assert load_config(config, [*plain, *nothing]).MODEL.META_ARCHITECTURE == "RetinaNet"
+    assert load_config(config, plain, with_teacher=False).MODEL.DISTILL.METHODS == ()
+
+
+def stock_config(*opts):
+    """What a script of detectron2 with add_distill_config makes of the quick config."""
+    cfg = get_cfg()
+    add_distill_config(cfg)
+    cfg.merge_from_file(str(CONFIGS / "quick_crosskd_retinanet.yaml"))
+    cfg.merge_from_list(["MODEL.DEVICE", "cpu", *opts])
+    return cfg
+
+
+@pytest.mark.parametrize("name", ["GFL", "ATSS", "FCOS"])
+def test_stock_code_cannot_build_a_plain_detector_of_ours_with_methods(name):
+    with pytest.raises(D2kdError, match=f"set it to Distill{name}"):
+        build_model(stock_config("MODEL.META_ARCHITECTURE", name))
+    build_model(stock_config("MODEL.META_ARCHITECTURE", name, "MODEL.DISTILL.METHODS", ()))
+
+
+def test_stock_code_names_a_misspelt_method():
+    with pytest.raises(D2kdError, match=r"names 'CrosKD', .*did you mean CrossKD\?"):
+        build_model(stock_config("MODEL.DISTILL.METHODS", ("CrosKD",)))
+
+
+def test_stock_code_finds_the_teachers_config(tmp_path, monkeypatch):
+    """merge_from_file does not say where the config was; ours are found, and others are asked for."""
+    monkeypatch.chdir(tmp_path)
+    weights = ["MODEL.DISTILL.TEACHER.WEIGHTS", str(save_teacher(tmp_path / "teacher.pth"))]
+    assert build_model(stock_config(*weights)).teacher.loaded
+    with pytest.raises(
+        D2kdError, match=r"config own\.yaml is no file in .*give the whole path, or .*d2kd\.load_config"
+    ):
+        build_model(stock_config("MODEL.DISTILL.TEACHER.CONFIG_FILE", "own.yaml"))
+    (tmp_path / "quick_retinanet.yaml").write_text("nonsense: 1")  # a file here comes first
+    with pytest.raises(D2kdError, match="no config key nonsense"):
+        build_model(stock_config(*weights))
+
+
+def test_keys_are_added_once():
+    cfg = stock_config("MODEL.GFL.NUM_CLASSES", 7, "SOLVER.EMA_DECAY", 0.5)
+    before = cfg.dump()
+    add_distill_config(cfg)
+    assert cfg.dump() == before
+    assert cfg.MODEL.DISTILL.METHODS == ("CrossKD",)
+    cfg.MODEL.DISTILL.SCHEDULE.pop("PKD")  # as for a method that was registered since
+    add_distill_config(cfg)
+    assert cfg.dump() == before
+
+
+def test_a_method_that_was_registered_too_late():
+    cfg = stock_config()
+    cfg.MODEL.DISTILL.pop("CROSSKD")
+    with pytest.raises(D2kdError, match=r"no MODEL\.DISTILL\.CROSSKD: import CrossKD before add_distill_config"):
+        build_model(cfg)
+
+
+@pytest.mark.parametrize("weights", ["", "gone.pth"])
+def test_stock_code_evaluates_without_the_teachers_file(weights, tmp_path):
+    student = build_model(stock_config("MODEL.DISTILL.METHODS", ()))
+    torch.save({"model": student.state_dict()}, tmp_path / "student.pth")
+    opts = ["MODEL.WEIGHTS", str(tmp_path / "student.pth"), "MODEL.DISTILL.TEACHER.WEIGHTS", weights]
+    image = batch()[0]["image"].permute(1, 2, 0).numpy()
+    found = DefaultPredictor(stock_config(*opts))(image)["instances"]
+    lazy = LazyConfig.load(str(CONFIGS / "lazy" / "quick_crosskd_retinanet.py"))
+    lazy.model.teacher.weights = weights
+    model = instantiate(lazy.model).eval()
+    model.load_state_dict(student.state_dict())
+    model(batch())
+    assert found.image_size == image.shape[:2]
 
 
 def test_zoo_teacher_config_builds_and_loads(tmp_path):

@@ -83,7 +83,7 @@ def test_taps_append_per_level_and_are_removed():
     assert len(taps[Cut(1)][0]) == len(inputs)
 
 
-def test_padding_and_normaliser_by_hand():
+def test_padding_and_normalizer_by_hand():
     """Two images of 40x40 and 64x96 make a batch of 64x96.
 
     The first pads to 64x64 of its own, so of the 12 columns of stride 8 only the first 8 count. Anchors per place: 9.

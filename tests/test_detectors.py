@@ -28,7 +28,9 @@ LOSSES = {
 NUM_CONVS, STAGES = 2, (3, 4, 5)
 
 plain = pytest.mark.parametrize("name", PLAIN)
-every = pytest.mark.parametrize("name", [*PLAIN, *(f"Distill{name}" for name in PLAIN)])
+DISTILLED = [f"Distill{name}" for name in PLAIN]
+every = pytest.mark.parametrize("name", [*PLAIN, *DISTILLED])
+students_slow = pytest.mark.parametrize("name", [*PLAIN, *(pytest.param(x, marks=pytest.mark.slow) for x in DISTILLED)])
 
 
 def config(name: str, *opts: Any) -> CfgNode:
@@ -178,7 +180,7 @@ def test_inference_under_autocast(name: str) -> None:
 # --- export
 
 
-@every
+@students_slow
 def test_traced_detector_agrees_on_an_image_of_another_size(name: str) -> None:
     def run(model: nn.Module, image: Tensor) -> Instances:
         return model([{"image": image}])[0]["instances"]
@@ -191,6 +193,7 @@ def test_traced_detector_agrees_on_an_image_of_another_size(name: str) -> None:
         agree(adapter.outputs_schema(traced(image)), detect(model, [{"image": image}])[0])
 
 
+@pytest.mark.slow
 @plain
 def test_scripted_detector_agrees(name: str) -> None:
     """Of a student, the plain detector with its weights is scripted."""

@@ -7,8 +7,9 @@ import torch
 from detectron2.utils.events import EventStorage
 from small import CONFIGS, batch, build, distill_config, save_teacher
 
+from d2kd.diagnose import finite
 from d2kd.diagnose.dry_run import dry_run
-from d2kd.diagnose.finite import levels_not_finite
+from d2kd.diagnose.finite import levels_after_error, levels_not_finite
 from d2kd.diagnose.gradients import gradient_ratios, weight_warnings
 from d2kd.engine import main
 
@@ -94,3 +95,27 @@ def test_levels_that_are_not_finite_are_named(teacher_file):
         model.backbone.fpn_output3.bias[0] = torch.inf
     assert levels_not_finite(model, batch()) == ["student p3", "teacher p4"]
     assert levels_not_finite(torch.nn.Identity(), batch()) == []
+
+
+@pytest.mark.parametrize("norm", ["BN", "SyncBN"])
+def test_looking_for_levels_has_no_effects(teacher_file, norm):
+    """SyncBN in training mode would wait for other workers; here it would refuse to run on the CPU."""
+    model = make(teacher_file, "MODEL.RESNETS.NORM", norm)
+    model.backbone.bottom_up.eval()  # one part in a mode of its own
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    modes = [module.training for module in model.modules()]
+    assert levels_not_finite(model, batch()) == []
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert [module.training for module in model.modules()] == modes
+    assert not hasattr(model, "loss_normalizer")
+
+
+def test_nothing_runs_again_when_memory_ran_out(teacher_file, monkeypatch):
+    model = make(teacher_file)
+    with torch.no_grad():
+        model.backbone.fpn_output3.bias[0] = torch.inf
+    assert levels_after_error(AssertionError(), model, batch()) == ["student p3"]
+    monkeypatch.setattr(finite, "levels_not_finite", lambda *_: 1 / 0)
+    assert levels_after_error(AssertionError(), model, batch()) == []
+    monkeypatch.setattr(finite, "levels_not_finite", lambda *_: pytest.fail("it ran"))
+    assert levels_after_error(torch.OutOfMemoryError(), model, batch()) == []

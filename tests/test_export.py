@@ -57,8 +57,8 @@ def tool() -> ModuleType:
 
 @pytest.fixture
 def call(tool: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    def run(*args: Any) -> int:
-        short = ["--device", "cpu", "--seconds", "0.01", "--size", *SIZE]
+    def run(*args: Any, size: Any = ("--size", *SIZE)) -> int:
+        short = ["--device", "cpu", "--seconds", "0.01", *size]
         monkeypatch.setattr(sys, "argv", ["export.py", *map(str, [*args, *short])])
         return tool.main()
 
@@ -75,7 +75,10 @@ def test_files_agree_with_the_detector(tmp_path: Path, name: str, write: Any) ->
     threshold = model.test_score_thresh
     run = write(model, tmp_path / "file", SIZE)
     agreements = check_agreement("file", run, model, SIZES)
-    assert [x.detections > 5 for x in agreements] == [True, False] * len(SIZES)  # thresholds 0 and 1
+    assert all(x.detections > 5 for x in agreements)
+    for every, better in zip(agreements[::2], agreements[1::2]):
+        assert every.threshold == 0 < better.threshold
+        assert better.detections < every.detections or name == "ATSS"  # which ranks by another score
     assert max(x.unmatched for x in agreements) == 0
     assert max(x.box for x in agreements) < 1e-3
     assert max(x.score for x in agreements) < 1e-5
@@ -93,19 +96,20 @@ def test_files_agree_with_the_detector(tmp_path: Path, name: str, write: Any) ->
 
 def spoil(kind: str, found: Detections, threshold: Tensor) -> Detections:
     boxes, scores, classes = found
-    if kind == "one detection more":
-        return tuple(torch.cat([x, x[:1]]) if threshold == 1 else x for x in found)
+    if kind == "only the best missing" and threshold > 0:
+        return tuple(x[len(x) // 3 :] for x in found)
     return {
         "boxes": (boxes + 1, scores, classes),
         "scores": (boxes, 0.9 * scores, classes),
         "classes": (boxes, scores, (classes + 1) % 3),
         "too few": (boxes[::2], scores[::2], classes[::2]),
         "nothing": (boxes[:0], scores[:0], classes[:0]),
+        "only the best missing": found,
         "another order": (boxes.flip(0), scores.flip(0), classes.flip(0)),
     }[kind]
 
 
-@pytest.mark.parametrize("kind", ["boxes", "scores", "classes", "too few", "nothing"])
+@pytest.mark.parametrize("kind", ["boxes", "scores", "classes", "too few", "nothing", "only the best missing"])
 def test_a_wrong_file_is_refused(tmp_path: Path, kind: str) -> None:
     model = detector(tmp_path)
     exportable = Exportable(model)
@@ -116,7 +120,7 @@ def test_a_wrong_file_is_refused(tmp_path: Path, kind: str) -> None:
 def test_a_fixed_threshold_is_refused_and_another_order_is_not(tmp_path: Path) -> None:
     model = detector(tmp_path)
     exportable = Exportable(model)
-    with pytest.raises(D2kdError, match=r"of \d+ and 0 detections"):
+    with pytest.raises(D2kdError, match=r"of \d+ and \d+ detections"):
         check_agreement("fixed.ts", lambda x, t: exportable(x, torch.tensor(0.0)), model, [SIZE])
     run = lambda x, t: spoil("another order", exportable(x, t), t)  # noqa: E731
     assert check_agreement("file", run, model, [SIZE])[0].box == 0
@@ -148,6 +152,30 @@ def test_other_detectors_are_refused() -> None:
 # --- the tool
 
 
+@pytest.mark.parametrize(
+    ("config", "opts", "size"),
+    [
+        (DISTILL, [], (128, 256)),
+        (DISTILL, ["INPUT.MIN_SIZE_TEST", "300"], (256, 256)),
+        (DISTILL, ["INPUT.MIN_SIZE_TEST", "0"], (256, 256)),
+        (str(CONFIGS / "retinanet_R18.yaml"), [], (800, 1333)),
+        (LAZY, [], (128, 1333)),
+        (LAZY, ["dataloader.test.mapper.augmentations.0.max_size=200"], (128, 200)),
+        (LAZY, ["dataloader.test.mapper.augmentations=[]"], (800, 1333)),
+    ],
+)
+def test_images_for_the_checks_are_of_the_configs_test_size(config: str, opts: List[str], size: Any) -> None:
+    assert export.evaluation_size(config, opts) == size
+
+
+def test_a_detector_without_detections_cannot_be_checked(tmp_path: Path) -> None:
+    model = detector(tmp_path)
+    model.test_topk_candidates = 0
+    with pytest.raises(D2kdError, match=r"x\.ts cannot be checked: the detector finds nothing in an image of 96 x 128"):
+        check_agreement("x.ts", Exportable(model), model, [SIZE])
+
+
+@pytest.mark.slow
 def test_tool_writes_files_and_a_table(tmp_path: Path, call: Callable[..., int], capsys: Any) -> None:
     student = save_teacher(tmp_path / "student.pth")
     teacher = save_teacher(tmp_path / "teacher.pth", "MODEL.FPN.OUT_CHANNELS", "64")
@@ -190,7 +218,7 @@ def test_tool_writes_files_and_a_table(tmp_path: Path, call: Callable[..., int],
         (["--config-file", str(CONFIGS / "quick_retinanet.yaml"), "--weights", "{wide}"], r"wide\.pth does not fit"),
         (["--compare", "teacher"], r"--compare teacher: write label=config:weights"),
         (["--compare", "teacher=gone.yaml:x.pth"], r"config gone\.yaml is no file"),
-        (["--output", "{wide}"], r"--output .*wide\.pth: File exists; name a folder"),
+        (["--output", "{wide}"], r"--output .*wide\.pth: File exists; choose a folder"),
     ],
 )
 def test_mistakes_end_with_one_sentence(
@@ -212,16 +240,32 @@ def test_tool_removes_a_wrong_file(
         path.write_text("no model")
         return lambda x, t: spoil("boxes", Exportable(model)(x, t), t)
 
-    monkeypatch.setitem(tool.FORMATS, "torchscript", ("model.ts", write))
+    monkeypatch.setattr(export, "export_torchscript", write)
     weights = save_teacher(tmp_path / "student.pth")
     args = ["--config-file", DISTILL, "--weights", weights, "--output", tmp_path / "out", "--format", "torchscript"]
     assert call(*args) == 2
     assert not list((tmp_path / "out").iterdir())
 
 
+def test_the_tool_takes_the_configs_test_size(
+    tmp_path: Path, call: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = []
+    monkeypatch.setattr(
+        export, "export_torchscript", lambda model, path, size: path.write_text("") or Exportable(model)
+    )
+    monkeypatch.setattr(export, "check_agreement", lambda name, run, model, of: sizes.extend(of) or [])
+    weights = save_teacher(tmp_path / "student.pth")
+    args = ["--config-file", DISTILL, "--weights", weights, "--output", tmp_path / "out", "--format", "torchscript"]
+    assert call(*args, size=()) == 0
+    assert sizes == [(128, 256), (256, 128), (96, 170)]
+    assert "'" not in json.loads((tmp_path / "out" / "export.json").read_text())["settings"]["device"]
+
+
 # --- checkpoints of a run
 
 
+@pytest.mark.slow
 def test_every_checkpoint_of_a_run_is_one_of_stock_detectron2(tmp_path: Path, blood_cells: Path) -> None:
     """Also those of the middle and the averaged weights; a config that detectron2 knows without this project."""
     few = ["MODEL.DEVICE", "cpu", "MODEL.RETINANET.NUM_CLASSES", "3", "MODEL.WEIGHTS", "", "MODEL.FPN.OUT_CHANNELS"]

@@ -10,7 +10,20 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling.meta_arch.fcos import FCOS as StockFCOS
 from detectron2.modeling.meta_arch.fcos import FCOSHead as StockFCOSHead
 from detectron2.structures import Boxes, ImageList, Instances
-from goldens import Golden, Maps, cases, close
+from goldens import (
+    KINDS,
+    Golden,
+    Maps,
+    cases,
+    close,
+    close_levels,
+    image_list,
+    of_committed_goldens,
+    strides_of,
+    truths,
+    zero_maps,
+)
+from rounding import check_gradients
 from small import batch, build, gradients, small_config, step
 from torch import Tensor, nn
 
@@ -50,9 +63,9 @@ class DistillFCOS(DistillMetaArch, FCOS):
 
 
 def published(maps: List[Tensor], num_classes: int = 5, cls: type = FCOS, **options: Any) -> Any:
-    """The reference's FCOS on given FPN maps, with the goldens' four-group norm."""
+    """The reference's FCOS on given FPN maps, with a head of four convolutions and groups."""
     head = FCOSHead(
-        input_shape=[ShapeSpec(channels=maps[0].shape[1], stride=s) for s in STRIDES],
+        input_shape=[ShapeSpec(channels=maps[0].shape[1])] * len(maps),
         conv_dims=[maps[0].shape[1]] * 4,
         num_classes=num_classes,
         norm=lambda channels: nn.GroupNorm(4, channels),
@@ -68,7 +81,10 @@ def published(maps: List[Tensor], num_classes: int = 5, cls: type = FCOS, **opti
 def from_mmdet(state: Dict[str, Tensor]) -> Dict[str, Tensor]:
     """Mmdetection's FCOS head under our names."""
     predictors = {"conv_cls": "cls_score", "conv_reg": "bbox_pred", "conv_centerness": "ctrness"}
-    out: Dict[str, Tensor] = {"scales": torch.stack([state[f"bbox_head.scales.{i}.scale"] for i in range(5)])}
+    scales = [key for key in state if key.startswith("bbox_head.scales.")]
+    out: Dict[str, Tensor] = {
+        "scales": torch.stack([state[key] for key in sorted(scales, key=lambda key: int(key.split(".")[2]))])
+    }
     for key, value in state.items():
         _, part, *rest = key.split(".")
         if part in predictors:
@@ -80,29 +96,29 @@ def from_mmdet(state: Dict[str, Tensor]) -> Dict[str, Tensor]:
     return out
 
 
-def ground_truth(golden: Golden, sizes: Tensor) -> List[Instances]:
-    instances = []
-    for i, size in enumerate(sizes.tolist()):
-        target = Instances(tuple(size))
-        target.gt_boxes = Boxes(golden[f"gt.{i}.boxes"].reshape(-1, 4))
-        target.gt_classes = golden[f"gt.{i}.labels"].long()
-        instances.append(target)
-    return instances
+def of_golden(inputs: Golden, maps: List[Tensor], who: str, cls: type = FCOS, **options: Any) -> Any:
+    """The reference's FCOS of a golden's sizes with the weights of student or teacher."""
+    config = inputs.json("config_json")
+    arguments = KINDS["fcos"].arguments(config, Maps(maps, strides_of(config)))
+    model = cls(**{**arguments, **PUBLISHED}, **options).train()
+    model.head.load_state_dict(from_mmdet(inputs.group(f"{who}.")))
+    return model
 
 
-def head_case(path: Path) -> Tuple[Golden, Golden, FCOS, List[Instances]]:
+def head_case(path: Path, double: bool = False) -> Tuple[Golden, Golden, FCOS, List[Instances]]:
     """A head case: its file, the common inputs, the student on its maps, and the ground truth."""
     golden = Golden(path)
     inputs = Golden(path.with_name("head_fcos_inputs.npz"))
-    model = published([m.requires_grad_() for m in inputs.levels("stu.fpn.{}")])
-    model.head.load_state_dict(from_mmdet(inputs.group("student.")))
+    maps = [m.double() if double else m for m in inputs.levels("stu.fpn.{}")]
+    model = of_golden(inputs, [m.requires_grad_() for m in maps], "student")
     source = golden if "gt.0.boxes" in golden else inputs
-    return golden, inputs, model, ground_truth(source, inputs["img_shapes"])
+    return golden, inputs, model.double() if double else model, truths(source, inputs["img_shapes"])
 
 
 head_cases = pytest.mark.parametrize("path", cases("head_fcos_"), ids=lambda p: p.stem)
 
 
+@of_committed_goldens
 def test_there_are_cases() -> None:
     assert cases("head_fcos_")
     assert cases("blocks_post_fcos")
@@ -111,13 +127,11 @@ def test_there_are_cases() -> None:
 
 @head_cases
 def test_parity_of_predictions(path: Path) -> None:
-    _, inputs, model, _ = head_case(path)
-    for which in ("stu", "tea"):
-        model.head.load_state_dict(from_mmdet(inputs.group({"stu": "student.", "tea": "teacher."}[which])))
-        predictions = model.head(inputs.levels(f"{which}.fpn.{{}}"))
-        for ours, name in zip(predictions, ("cls", "reg", "ctr")):
-            for level, theirs in zip(ours, inputs.levels(f"{which}.pred_{name}.{{}}")):
-                close(level, theirs, LOSS, name)
+    inputs = head_case(path)[1]
+    for short, who in (("stu", "student"), ("tea", "teacher")):
+        maps = inputs.levels(f"{short}.fpn.{{}}")
+        for ours, name in zip(of_golden(inputs, maps, who).head(maps), ("cls", "reg", "ctr")):
+            close_levels(ours, inputs.levels(f"{short}.pred_{name}.{{}}"), LOSS, name)
 
 
 @head_cases
@@ -135,11 +149,12 @@ def test_parity_of_losses(path: Path) -> None:
     check_boxes(model, labels, boxes, targets)
 
 
-def crosskd_case(path: Path) -> Tuple[Golden, DistillMetaArch, List[Instances]]:
+def crosskd_case(path: Path, double: bool = False) -> Tuple[Golden, DistillMetaArch, List[Instances]]:
     """A head case with its teacher and the methods of its settings."""
-    golden, inputs, model, instances = head_case(path)
-    teacher = published(inputs.levels("tea.fpn.{}"))
-    teacher.head.load_state_dict(from_mmdet(inputs.group("teacher.")))
+    golden, inputs, model, instances = head_case(path, double)
+    teacher_maps = [m.double() if double else m for m in inputs.levels("tea.fpn.{}")]
+    teacher = of_golden(inputs, teacher_maps, "teacher")
+    teacher = teacher.double() if double else teacher
     settings = golden.json("kd_cfg_json")
     methods: List[Method] = [
         CrossKD(
@@ -155,12 +170,12 @@ def crosskd_case(path: Path) -> Tuple[Golden, DistillMetaArch, List[Instances]]:
     ]
     if "loss_feat_kd" in settings:
         methods.append(PKD(weight=settings["loss_feat_kd"]["loss_weight"]))
-    student = published(model.backbone.maps, cls=DistillFCOS, teacher=Teacher(teacher, "BGR"), methods=methods)
-    student.head.load_state_dict(model.head.state_dict())
-    return golden, student, instances
+    teacher = Teacher(teacher, teacher.input_format)
+    student = of_golden(inputs, model.backbone.maps, "student", DistillFCOS, teacher=teacher, methods=methods)
+    return golden, student.double() if double else student, instances
 
 
-# Without any ground truth the reference's losses are 1e8: d2kd has another normaliser there, on purpose.
+# Without any ground truth the reference's losses are 1e8: d2kd has another normalizer there, on purpose.
 crosskd_cases = pytest.mark.parametrize(
     "path", [p for p in cases("head_fcos_") if not p.stem.endswith("nogt_all")], ids=lambda p: p.stem
 )
@@ -174,16 +189,22 @@ def test_parity_of_crosskd(path: Path) -> None:
         close(losses[ours], golden[f"loss.{theirs}"], LOSS, theirs)
     total = sum(losses.values())
     close(total, golden["loss.total"], LOSS, "total")
-    total.backward()
-    for ours, theirs in zip(student.backbone.maps, golden.levels("grad.stu.fpn.{}")):
-        close(ours.grad, theirs, GRADIENT, "FPN map")
-    grads = {name: p.grad for name, p in student.head.named_parameters()}
+
+
+@crosskd_cases
+def test_parity_of_gradients(path: Path) -> None:
+    golden = Golden(path)
     source = {f"bbox_head.{name}": value for name, value in golden.group("grad.bbox_head.").items()}
-    compared = 0
-    for name, theirs in from_mmdet(source).items():
-        close(grads[name], theirs, GRADIENT, name)
-        compared += 1
-    assert compared > 10
+    expected = {**from_mmdet(source), **{f"map {i}": x for i, x in enumerate(golden.levels("grad.stu.fpn.{}"))}}
+
+    def run(double: bool) -> Dict[str, Tensor]:
+        _, student, instances = crosskd_case(path, double)
+        losses = step(student, [{"image": torch.zeros(3, *x.image_size), "instances": x} for x in instances])
+        sum(losses.values()).backward()
+        maps = {f"map {i}": m.grad for i, m in enumerate(student.backbone.maps)}
+        return {**maps, **{name: p.grad for name, p in student.head.named_parameters()}}
+
+    check_gradients(run, expected, GRADIENT)
 
 
 def by_level(model: FCOS, per_image: List[Tensor]) -> List[Tensor]:
@@ -209,11 +230,11 @@ def check_boxes(model: FCOS, labels: List[Tensor], boxes: List[Tensor], golden: 
 @pytest.mark.parametrize("path", cases("blocks_assign"), ids=lambda p: p.stem)
 def test_parity_of_assignment(path: Path) -> None:
     golden = Golden(path)
-    height, width = golden["batch_shape"].tolist()
-    model = published([torch.zeros(2, 4, -(-height // s), -(-width // s)) for s in STRIDES])
+    per_level = golden.levels("fcos.targets.labels.{}")
+    model = published(zero_maps(golden, levels=len(per_level)), int(golden["num_classes"]))
     anchors = model.anchor_generator(model.backbone.maps)
-    labels, boxes = model.label_anchors(anchors, ground_truth(golden, golden["img_shapes"]))
-    check_labels(model, labels, golden.levels("fcos.targets.labels.{}"))
+    labels, boxes = model.label_anchors(anchors, truths(golden, golden["img_shapes"]))
+    check_labels(model, labels, per_level)
     all_anchors = Boxes.cat(anchors).tensor
     index = golden["fcos.targets.pos_index"]
     positive = torch.cat(by_level(model, labels)).squeeze(-1) < model.num_classes
@@ -229,10 +250,10 @@ def test_parity_of_assignment(path: Path) -> None:
 @pytest.mark.parametrize("path", cases("blocks_anchors"), ids=lambda p: p.stem)
 def test_parity_of_points(path: Path) -> None:
     golden = Golden(path)
-    height, width = golden["batch_shape"].tolist()
-    model = published([torch.zeros(2, 4, -(-height // s), -(-width // s)) for s in STRIDES])
-    for ours, theirs in zip(model.anchor_generator(model.backbone.maps), golden.levels("fcos.points.{}")):
-        close(ours.get_centers(), theirs, LOSS, "points")
+    points = golden.levels("fcos.points.{}")
+    model = published(zero_maps(golden, levels=len(points)))
+    ours = [level.get_centers() for level in model.anchor_generator(model.backbone.maps)]
+    close_levels(ours, points, LOSS, "points")
 
 
 @pytest.mark.parametrize("setting", ["default", "low"])
@@ -243,13 +264,13 @@ def test_parity_of_inference(path: Path, setting: str) -> None:
     outputs = [golden.levels(f"{name}.{{}}") for name in ("cls", "reg", "centerness")]
     model = published(
         [torch.zeros(len(x), 4, *x.shape[2:]) for x in outputs[0]],
+        outputs[0][0].shape[1],
         test_score_thresh=config["score_thr"],
         test_topk_candidates=config["nms_pre"],
         test_nms_thresh=config["nms"]["iou_threshold"],
         max_detections_per_image=config["max_per_img"],
     )
-    images = ImageList(torch.zeros(2, 3, *golden["batch_shape"]), [tuple(s) for s in golden["img_shapes"].tolist()])
-    results = model.forward_inference(images, model.backbone.maps, outputs)
+    results = model.forward_inference(image_list(golden), model.backbone.maps, outputs)
     for i, found in enumerate(results):
         close(found.scores, golden[f"{setting}.rescale0.{i}.scores"], LOSS, "scores")
         close(found.pred_boxes.tensor, golden[f"{setting}.rescale0.{i}.boxes"], LOSS, "boxes")
@@ -346,11 +367,11 @@ def test_a_mistaken_option_is_named() -> None:
 
 def test_center_sampling() -> None:
     maps = [torch.zeros(1, 4, 128 // s, 128 // s) for s in STRIDES]
-    whole, centre = (published(maps, center_sampling_radius=radius) for radius in (0, 1.5))
+    whole, center = (published(maps, center_sampling_radius=radius) for radius in (0, 1.5))
     target = Instances((128, 128), gt_boxes=Boxes(torch.tensor([[16.0, 16.0, 76.0, 76.0]])))
     target.gt_classes = torch.tensor([1])
     counts = [
-        int((model.label_anchors(model.anchor_generator(maps), [target])[0][0] == 1).sum()) for model in (whole, centre)
+        int((model.label_anchors(model.anchor_generator(maps), [target])[0][0] == 1).sum()) for model in (whole, center)
     ]
     assert counts[0] > counts[1] > 0
 

@@ -6,7 +6,7 @@ from typing import Any, Dict, List, Sequence, Tuple
 import pytest
 import torch
 from detectron2.structures import Boxes, Instances
-from goldens import DEFECTS, Golden, cases, close
+from goldens import DEFECTS, Golden, cases, close, of_committed_goldens
 from torch import Tensor
 
 from d2kd.dense import DenseOutputs, Targets
@@ -104,6 +104,7 @@ class Case:
         return focal_masks(relative_boxes(self.targets, unpadded=True), *self.student.shape[-2:])
 
 
+@of_committed_goldens
 def test_there_are_cases() -> None:
     assert REPRODUCED
     assert DEFECT

@@ -1,4 +1,4 @@
-"""GFL and ATSS: parity of their parts with measured numbers, and behaviour."""
+"""GFL and ATSS: parity of their parts with measured numbers, and behavior."""
 
 import math
 import time
@@ -11,9 +11,12 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_model
 from detectron2.modeling.box_regression import Box2BoxTransform, Box2BoxTransformLinear
-from detectron2.structures import Boxes, ImageList, Instances, pairwise_iou
+from detectron2.structures import Boxes, pairwise_iou
+from detectron2.structures.boxes import matched_pairwise_iou
 from detectron2.utils.events import EventStorage
-from goldens import LEVELS, Golden, Maps, cases, close
+from goldens import KINDS, Golden, Maps, cases, close, close_levels, image_list, level_names, strides_of, truths
+from goldens import zero_maps as maps_of
+from rounding import check_gradients
 from small import batch, gradients, step
 from torch import Tensor, nn
 
@@ -53,21 +56,23 @@ def each(*prefixes: str) -> Any:
 # --- detectors with golden weights
 
 
-def make(name: str, maps: List[Tensor], **options: Any) -> AnchorPointDetector:
-    """A detector of 5 classes, 16 channels and GroupNorm of 4 groups on given FPN maps."""
-    head_class = {"gfl": GFLHead, "atss": ATSSHead}[name]
-    head = head_class(
-        input_shape=[ShapeSpec(channels=16)] * len(maps),
-        num_classes=5,
-        conv_dims=[16] * 4,
+def make(name: str, maps: List[Tensor], num_classes: int = 5, reg_max: int = 16, **options: Any) -> AnchorPointDetector:
+    """A detector on given FPN maps, with a head of one convolution."""
+    channels = maps[0].shape[1]
+    head = {"gfl": GFLHead, "atss": ATSSHead}[name](
+        input_shape=[ShapeSpec(channels=channels)] * len(maps),
+        num_classes=num_classes,
+        conv_dims=[channels],
         norm=lambda channels: nn.GroupNorm(4, channels),
+        **({"reg_max": reg_max} if name == "gfl" else {}),
     )
-    constants = {"num_classes": 5, "pixel_mean": [0.0] * 3, "pixel_std": [1.0] * 3, "head_in_features": LEVELS}
-    return DETECTORS[name](backbone=Maps(maps), head=head, **constants, **options)
+    constants = {"num_classes": num_classes, "pixel_mean": [0.0] * 3, "pixel_std": [1.0] * 3}
+    features = level_names(len(maps))
+    return DETECTORS[name](backbone=Maps(maps), head=head, head_in_features=features, **constants, **options)
 
 
-def zero_maps(height: int, width: int, num_images: int = 2) -> List[Tensor]:
-    return [torch.zeros(num_images, 16, -(-height // s), -(-width // s)) for s in STRIDES]
+def zero_maps(height: int, width: int) -> List[Tensor]:
+    return [torch.zeros(2, 16, -(-height // s), -(-width // s)) for s in STRIDES]
 
 
 def head_state(golden: Golden, prefix: str) -> Dict[str, Tensor]:
@@ -88,56 +93,51 @@ def head_state(golden: Golden, prefix: str) -> Dict[str, Tensor]:
 
 
 class HeadCase:
-    """A head case: the student on its FPN maps, its ground truth and what it should give."""
+    """A head case: the student on its FPN maps, its ground truth and what it should give; float64 if ``double``."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, double: bool = False) -> None:
         self.golden = Golden(path)
         self.name = path.stem.split("_")[1]
         self.inputs = Golden(path.with_name(f"head_{self.name}_inputs.npz"))
         self.source = self.golden if "target.labels.p3" in self.golden else self.inputs
-        self.maps = [level.requires_grad_() for level in self.inputs.levels("stu.fpn.{}")]
-        self.model = make(self.name, self.maps).train()
-        self.model.head.load_state_dict(head_state(self.inputs, "student.bbox_head."))
-        self.instances = [
-            truth(size, self.source[f"gt.{i}.boxes"], self.source[f"gt.{i}.labels"])
-            for i, size in enumerate(self.inputs["img_shapes"].tolist())
-        ]
+        self.cut = int(self.golden["reused_teacher_head_idx"])
+        maps = self.inputs.levels("stu.fpn.{}")
+        self.maps = [(level.double() if double else level).requires_grad_() for level in maps]
+        self.model = self.detector(self.maps, "student").train()
+        self.model = self.model.double() if double else self.model
+        self.instances = truths(self.source, self.inputs["img_shapes"])
+
+    def detector(self, maps: List[Tensor], who: str) -> Any:
+        """A detector of the golden's sizes with the weights of student or teacher."""
+        config, kind = self.inputs.json("config_json"), KINDS[self.name]
+        model = kind.plain(**kind.arguments(config, Maps(maps, strides_of(config))))
+        model.head.load_state_dict(head_state(self.inputs, f"{who}.bbox_head."))
+        return model
 
     def losses(self) -> Dict[str, Tensor]:
         with EventStorage():
             return self.model.forward_training(
-                images_of(self.inputs), self.maps, self.model.head(self.maps), self.instances
+                image_list(self.inputs), self.maps, self.model.head(self.maps), self.instances
             )
 
     def target(self, name: str) -> Tensor:
         return torch.cat(self.source.levels(f"target.{name}.{{}}"), dim=1)
 
 
-def images_of(golden: Golden) -> ImageList:
-    return ImageList(torch.zeros(2, 3, 1, 1), [tuple(size) for size in golden["img_shapes"].tolist()])
-
-
-def truth(size: Any, boxes: Tensor, labels: Tensor) -> Instances:
-    instances = Instances(tuple(size))
-    instances.gt_boxes = Boxes(boxes.reshape(-1, 4).float())
-    instances.gt_classes = labels.long()
-    return instances
-
-
-def check_labels(labels: Tensor, boxes: Tensor, golden: Dict[str, Tensor]) -> None:
+def check_labels(labels: Tensor, boxes: Tensor, golden: Dict[str, Tensor], num_classes: int) -> None:
     """Labels (N, R) agree where the reference weighs them, and are -1 elsewhere; boxes agree where positive."""
     weights = golden["weights"] > 0
     assert torch.equal(labels >= 0, weights)
     assert torch.equal(labels[weights], golden["labels"].long()[weights])
-    positive = weights & (golden["labels"] < 5)
-    assert torch.equal(positive, (labels >= 0) & (labels < 5))
+    positive = weights & (golden["labels"] < num_classes)
+    assert torch.equal(positive, (labels >= 0) & (labels < num_classes))
     assert torch.equal(boxes[positive], golden["boxes"])
 
 
 # --- parity
 
 
-@each("head_gfl_idx3", "head_atss_idx3")
+@each("head_gfl_idx", "head_atss_idx")
 def test_golden_losses_and_targets(path: Path) -> None:
     case = HeadCase(path)
     losses = case.losses()
@@ -148,62 +148,67 @@ def test_golden_losses_and_targets(path: Path) -> None:
         print(f"{path.stem} {name} {value.item():.7g}, off by {(value - expected[name]).abs().item():.1g}")
         close(value, expected[name], LOSS, name)
         assert value.dtype == torch.float32
-    outputs, images = DenseOutputs(case.model, case.maps), images_of(case.inputs)
+    outputs, images = DenseOutputs(case.model, case.maps), image_list(case.inputs)
     labels, boxes = case.model.label_anchors(outputs.anchors_per_level, case.instances)
     golden = {"weights": case.target("label_weights"), "labels": case.target("labels")}
-    positive = (golden["weights"] > 0) & (golden["labels"] < 5)
+    positive = (golden["weights"] > 0) & (golden["labels"] < case.model.num_classes)
     golden["boxes"] = case.target("bbox_targets")[positive]
-    check_labels(torch.stack(labels), torch.stack(boxes), golden)
+    check_labels(torch.stack(labels), torch.stack(boxes), golden, case.model.num_classes)
     targets = make_targets(outputs, images, case.instances, labels, boxes)
     assert torch.equal(targets.weights, golden["weights"])
     assert float(targets.num_pos) == float(case.source["target.avg_factor"])
 
 
-@each("head_gfl_idx3", "head_atss_idx3")
+@each("head_gfl_idx", "head_atss_idx")
 def test_golden_gradients(path: Path) -> None:
     """Of the parameters behind the cut, which no distillation loss reaches."""
     case = HeadCase(path)
-    sum(case.losses().values()).backward()
-    behind = ("cls_score.", "bbox_pred.", "ctrness.", "scales", "cls_subnet.9", "cls_subnet.10", "bbox_subnet.9")
-    compared = 0
-    for name, golden in head_state(case.golden, "grad.bbox_head.").items():
-        if name.startswith(behind) and not path.stem.endswith("_preact"):
-            close(case.model.head.get_parameter(name).grad, golden, GRADIENT, name)
-            compared += 1
-    assert compared or path.stem.endswith("_preact")
+    convs = range(case.cut, len(case.model.head.cls_subnet) // 3)
+    behind = ["cls_score.", "bbox_pred.", "ctrness.", "scales"]
+    behind += [f"{tower}.{3 * i + k}." for tower in ("cls_subnet", "bbox_subnet") for i in convs for k in (0, 1)]
+    found = head_state(case.golden, "grad.bbox_head.")
+    golden = {name: gradient for name, gradient in found.items() if name.startswith(tuple(behind))}
+    if path.stem.endswith("_preact"):  # without the in-place ReLU the reference's gradients are others here, too
+        return
+    assert golden
+
+    def run(double: bool) -> Dict[str, Tensor]:
+        model = HeadCase(path, double)
+        sum(model.losses().values()).backward()
+        return {name: p.grad for name, p in model.model.head.named_parameters() if p.grad is not None}
+
+    check_gradients(run, golden, GRADIENT)
 
 
-@each("head_gfl_idx3", "head_atss_idx3")
+@each("head_gfl_idx", "head_atss_idx")
 def test_golden_predictions(path: Path) -> None:
     """Raw predictions of both, and a cross head of the teacher's on the student's aligned features."""
     case = HeadCase(path)
-    teacher = make(case.name, case.inputs.levels("tea.fpn.{}"))
-    teacher.head.load_state_dict(head_state(case.inputs, "teacher.bbox_head."))
+    teacher = case.detector(case.inputs.levels("tea.fpn.{}"), "teacher")
     for prefix, model in (("stu", case.model), ("tea", teacher)):
         for output, kind in zip(model.head(model.backbone.maps), PREDICTIONS):
-            for level, golden in zip(output, case.inputs.levels(f"{prefix}.pred_{kind}.{{}}")):
-                close(level, golden, LOSS, f"{prefix} {kind}")
+            close_levels(output, case.inputs.levels(f"{prefix}.pred_{kind}.{{}}"), LOSS, f"{prefix} {kind}")
     if "aligned_cls.p3" not in case.golden:
         return
-    aligned = [[x.relu() for x in case.golden.levels(f"aligned_{kind}.{{}}")] for kind in ("cls", "reg")]
-    crossed = cross_head(teacher.head, Cut(3), *aligned)
-    for output, kind in zip(crossed, PREDICTIONS):
-        for level, golden in zip(output, case.golden.levels(f"cross.pred_{kind}.{{}}")):
-            close(level, golden, LOSS, f"cross {kind}")
+    aligned = [case.golden.levels(f"aligned_{kind}.{{}}") for kind in ("cls", "reg")]
+    if case.cut > 0:  # else these are FPN maps
+        aligned = [[level.relu() for level in tower] for tower in aligned]
+    for output, kind in zip(cross_head(teacher.head, Cut(case.cut), *aligned), PREDICTIONS):
+        close_levels(output, case.golden.levels(f"cross.pred_{kind}.{{}}"), LOSS, f"cross {kind}")
 
 
 @each("blocks_assign")
 @both
 def test_golden_assignment(path: Path, name: str) -> None:
     golden = Golden(path)
-    model = make(name, zero_maps(*golden["batch_shape"].tolist()))
+    num_classes, sizes = int(golden["num_classes"]), golden[f"{name}.num_level_anchors"].tolist()
+    model = make(name, maps_of(golden, levels=len(sizes)), num_classes)
     anchors = model.anchor_generator(model.backbone.maps)
-    assert [len(level) for level in anchors] == golden[f"{name}.num_level_anchors"].tolist()
+    assert [len(level) for level in anchors] == sizes
     usable = torch.ones(sum(len(level) for level in anchors), dtype=torch.bool)
-    instances = []
-    for i, size in enumerate(golden["img_shapes"].tolist()):
-        instances.append(truth(size, golden[f"gt.{i}.boxes"], golden[f"gt.{i}.labels"]))
-        match = assign_atss(anchors, usable, instances[i].gt_boxes)
+    instances = truths(golden, golden["img_shapes"])
+    for i, image in enumerate(instances):
+        match = assign_atss(anchors, usable, image.gt_boxes)
         assert torch.equal(match + 1, golden[f"{name}.assign.{i}.gt_inds"].long())
     labels, boxes = model.label_anchors(anchors, instances)
     targets = {
@@ -211,7 +216,8 @@ def test_golden_assignment(path: Path, name: str) -> None:
         for key, full in (("weights", "label_weights"), ("labels", "labels"))
     }
     order = golden[f"{name}.targets.pos_index"]
-    check_labels(torch.stack(labels), torch.stack(boxes), {**targets, "boxes": torch.stack(boxes)[tuple(order.T)]})
+    matched = {**targets, "boxes": torch.stack(boxes)[tuple(order.T)]}
+    check_labels(torch.stack(labels), torch.stack(boxes), matched, num_classes)
     close(torch.stack(boxes)[tuple(order.T)], golden[f"{name}.targets.pos_bbox_targets"], LOSS, "matched boxes")
     first = order[order[:, 0] == 0, 1]
     if name == "atss":
@@ -222,9 +228,11 @@ def test_golden_assignment(path: Path, name: str) -> None:
 @each("blocks_coders")
 def test_golden_coders(path: Path) -> None:
     golden = Golden(path)
-    for reg_max in (16, 7):
+    tested = sorted(int(key[8:].split(".")[0]) for key in golden.arrays if key.endswith(".logits"))
+    assert tested, "no integral"
+    for reg_max in tested:
         logits = golden[f"integral{reg_max}.logits"].clone().requires_grad_()
-        anchors = torch.tensor([[-4.0, -4.0, 4.0, 4.0]]).expand(len(logits), 4)  # stride 1, centre 0
+        anchors = torch.tensor([[-4.0, -4.0, 4.0, 4.0]]).expand(len(logits), 4)  # stride 1, center 0
         distances = IntegralBoxTransform(reg_max).apply_deltas(logits, anchors) * torch.tensor([-1, -1, 1, 1])
         close(distances, golden[f"integral{reg_max}.dist"], LOSS, "integral")
         (distances * golden[f"integral{reg_max}.upstream"]).sum().backward()
@@ -263,18 +271,21 @@ def check_reductions(golden: Golden, name: str, pred: Tensor, losses: Tensor) ->
 def test_golden_inference(path: Path, setting: str) -> None:
     golden, name = Golden(path), path.stem.split("_")[-1]
     test = golden.json(f"{setting}.test_cfg_json")
-    maps = zero_maps(*golden["batch_shape"].tolist())
+    kinds = ["cls", "reg", "centerness"][: 3 if name == "atss" else 2]
+    predictions = [golden.levels(f"{kind}.{{}}") for kind in kinds]
+    maps = maps_of(golden, levels=len(predictions[0]))
+    classes, outputs = (predictions[i][0].shape[1] for i in (0, 1))
     model = make(
         name,
         maps,
+        classes,
+        outputs // 4 - 1,
         test_score_thresh=test["score_thr"],
         test_topk_candidates=test["nms_pre"],
         test_nms_thresh=test["nms"]["iou_threshold"],
         max_detections_per_image=test["max_per_img"],
     ).eval()
-    kinds = ["cls", "reg", "centerness"][: 3 if name == "atss" else 2]
-    predictions = [golden.levels(f"{kind}.{{}}") for kind in kinds]
-    for i, found in enumerate(model.forward_inference(images_of(golden), maps, predictions)):
+    for i, found in enumerate(model.forward_inference(image_list(golden), maps, predictions)):
         expected = {k: golden[f"{setting}.rescale0.{i}.{k}"] for k in ("boxes", "scores", "labels")}
         assert torch.equal(found.pred_classes, expected["labels"])
         close(found.scores, expected["scores"], LOSS, "scores")
@@ -318,7 +329,7 @@ def test_integral_box_transform_by_hand() -> None:
 
 
 def test_centerness_by_hand() -> None:
-    """A centre a quarter into the width and half into the height: sqrt(1/3 * 1); on the border and outside 0."""
+    """A center a quarter into the width and half into the height: sqrt(1/3 * 1); on the border and outside 0."""
     box = torch.tensor([0.0, 0.0, 4.0, 4.0])
     anchors = torch.tensor([[0.0, 1.0, 2.0, 3.0], [-1.0, 1.0, 1.0, 3.0], [8.0, 8.0, 9.0, 9.0], [0.0, 0.0, 4.0, 4.0]])
     torch.testing.assert_close(centerness_targets(anchors, box), torch.tensor([(1 / 3) ** 0.5, 0.0, 0.0, 1.0]))
@@ -348,7 +359,7 @@ def test_boxes_of_no_anchors() -> None:
 def assign_slowly(anchors: List[Boxes], boxes: Boxes, topk: int = 9) -> Tensor:
     """ATSS one box after the other, as section 3.2 of the paper puts it."""
     every = Boxes.cat(anchors)
-    centres = every.get_centers()
+    centers = every.get_centers()
     match, best = torch.full((len(every),), -1), torch.zeros(len(every))
     for index in range(len(boxes)):
         box, candidates, start = boxes[index], [], 0
@@ -359,7 +370,7 @@ def assign_slowly(anchors: List[Boxes], boxes: Boxes, topk: int = 9) -> Tensor:
         overlaps = pairwise_iou(every[candidates], box)[:, 0]
         threshold = overlaps.mean() + overlaps.std()
         for anchor, overlap in zip(candidates, overlaps):
-            (x, y), (left, top, right, bottom) = centres[anchor], box.tensor[0]
+            (x, y), (left, top, right, bottom) = centers[anchor], box.tensor[0]
             inside = min(x - left, y - top, right - x, bottom - y) > 0.01
             if inside and overlap >= threshold and overlap > best[anchor]:
                 match[anchor], best[anchor] = index, overlap
@@ -392,13 +403,13 @@ def test_assignment_of_few_and_of_no_usable_anchors() -> None:
     boxes = Boxes(torch.tensor([[2.0, 2.0, 30.0, 30.0], [0.0, 0.0, 9.0, 9.0]]))
     total = sum(len(level) for level in anchors)
     one = torch.zeros(total, dtype=torch.bool)
-    one[5] = True  # centre (8, 8), in both boxes; its IoU is larger with the first
+    one[5] = True  # center (8, 8), in both boxes; its IoU is larger with the first
     assert assign_atss(anchors, one, boxes).tolist() == [0 if i == 5 else -1 for i in range(total)]
     assert (assign_atss(anchors, torch.zeros_like(one), boxes) == -1).all()
     assert (assign_atss(anchors, ~one, Boxes(torch.zeros(0, 4))) == -1).all()
 
 
-# --- behaviour
+# --- behavior
 
 
 def config(name: str, *opts: Any) -> CfgNode:
@@ -470,17 +481,35 @@ def test_detections(name: str) -> None:
         assert all(len(x["instances"]) == 0 for x in model(inputs))
 
 
+def fit(model: AnchorPointDetector, inputs: List[Dict[str, Any]]) -> Tuple[float, float]:
+    """Means over positive anchors: IoU of the predicted box with the ground truth, and score of its class."""
+    instances = [x["instances"] for x in inputs]
+    with torch.no_grad():
+        outputs = run_dense(model, model.preprocess_image(inputs), [])
+        labels, boxes = (torch.stack(x) for x in model.label_anchors(outputs.anchors_per_level, instances))
+        positive = (labels >= 0) & (labels < model.num_classes)
+        iou = matched_pairwise_iou(Boxes(outputs.boxes[positive]), Boxes(boxes[positive]))
+        scores = outputs.logits[positive].sigmoid().gather(1, labels[positive][:, None])
+    return iou.mean().item(), scores.mean().item()
+
+
 @both
 def test_learns_one_image(name: str) -> None:
+    """Of 240 runs from perturbed weights, the least rise in ten steps was 0.35 in IoU and 0.40 in score.
+
+    Without the box losses the IoU, and without the class loss the score, changes by less than 0.01.
+    """
     model = build(name)
     inputs = batch(sizes=((96, 128),))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    first = step(model, inputs)["loss_bbox"].item()
-    for _ in range(20):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    before = fit(model, inputs)
+    for _ in range(10):
         optimizer.zero_grad()
         sum(step(model, inputs).values()).backward()
         optimizer.step()
-    assert step(model, inputs)["loss_bbox"].item() < 0.6 * first
+    iou, score = (now - then for now, then in zip(fit(model, inputs), before))
+    assert iou > 0.15
+    assert score > 0.15
 
 
 @both

@@ -8,7 +8,7 @@ import pytest
 import torch
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.structures import Boxes, Instances
-from goldens import Golden, cases, close
+from goldens import Golden, cases, close, of_committed_goldens
 from torch import Tensor
 
 from d2kd.dense import DenseOutputs, Targets
@@ -42,7 +42,8 @@ class Case:
         self.golden = golden = Golden(path)
         settings = golden.json("settings")
         self.strides = golden["in.strides"].tolist()
-        model = detector(settings["num_classes"], self.strides, settings["octave_base_scale"])
+        reg_max = settings["reg_max"]
+        model = detector(settings["num_classes"], self.strides, settings["octave_base_scale"], reg_max)
         self.logits, self.sides = ([x.requires_grad_() for x in self.levels(f"in.{k}_student")] for k in ("cls", "reg"))
         self.student = DenseOutputs(model, self.sides, (self.logits, self.sides))
         has_classes = "in.cls_teacher.0" in golden
@@ -64,8 +65,11 @@ class Case:
     def levels(self, name: str) -> List[Tensor]:
         return [self.golden[f"{name}.{level}"] for level in range(len(self.strides))]
 
+    def method(self, **options: Any) -> LD:
+        return LD(vlr_topk=self.golden.json("settings")["topk"], **options)
+
     def losses(self, **options: Any) -> Any:
-        return LD(**options)(self.student, self.teacher, self.targets)
+        return self.method(**options)(self.student, self.teacher, self.targets)
 
 
 def check(case: Case, ours: str, value: Tensor, leaves: List[Tensor], leaf: str) -> None:
@@ -79,6 +83,7 @@ def check(case: Case, ours: str, value: Tensor, leaves: List[Tensor], leaf: str)
         assert float((mine - theirs).abs().max()) <= GRADIENT * largest
 
 
+@of_committed_goldens
 def test_there_are_cases() -> None:
     assert detector_cases("ld_mmdet3_")
     assert detector_cases("ld_repo_")
@@ -101,7 +106,7 @@ def test_parity_of_the_full_recipe(path: Path) -> None:
     anchors = torch.cat(case.levels("tgt.anchors"), dim=1)
     for ours, theirs in zip(usable, anchors):
         close(case.student.anchors[ours], theirs[ours], LOSS, "anchors")
-    region = LD(**FULL).region(case.student, case.targets)
+    region = case.method(**FULL).region(case.student, case.targets)
     close(region, torch.cat(case.levels("tgt.vlr_region"), dim=1), LOSS, "region")
     losses = case.losses(**FULL)
     check(case, "loss_ld_main", losses["loss_ld_main"], case.sides, "reg_student")
@@ -113,12 +118,15 @@ def test_parity_of_the_full_recipe(path: Path) -> None:
 @pytest.mark.parametrize("path", cases("ld_repo_regions"), ids=lambda p: p.stem)
 def test_parity_of_the_region(path: Path) -> None:
     golden = Golden(path)
-    for k in range(3):
+    settings = golden.json("settings")
+    assert settings["sets"]
+    for k in range(len(settings["sets"])):
         anchors = [Boxes(x) for x in golden[f"{k}.in.anchors"].split(golden[f"{k}.in.num_level"].tolist())]
         boxes = Boxes(golden[f"{k}.in.gt_boxes"])
         usable = torch.ones(len(golden[f"{k}.in.anchors"]), dtype=torch.bool)
-        close(valuable_region(anchors, usable, boxes), golden[f"{k}.out.vlr_region"], LOSS, "region")
-        true = valuable_region(anchors, usable, boxes, true_diou=True)
+        topk = settings["topk"]
+        close(valuable_region(anchors, usable, boxes, topk), golden[f"{k}.out.vlr_region"], LOSS, "region")
+        true = valuable_region(anchors, usable, boxes, topk, true_diou=True)
         close(true, golden[f"{k}.derived.vlr_region_true_diou"], LOSS, "region by true DIoU")
         assert not valuable_region(anchors, ~usable, boxes).any()
         assert not valuable_region(anchors, usable, boxes[torch.zeros(0, dtype=torch.long)]).any()

@@ -8,6 +8,7 @@ from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_model
 from detectron2.solver import build_optimizer
+from detectron2.utils.events import EventStorage
 from small import CONFIGS, batch, build, distill_config, gradients, save_teacher, small_config, step
 
 from d2kd import meta_arch, teacher
@@ -278,3 +279,125 @@ def test_distilled_teacher_needs_no_teacher_of_its_own(teacher_file, tmp_path):
     teacher = load_teacher(str(CONFIGS / "quick_crosskd_retinanet.yaml"), str(tmp_path / "distilled.pth"))
     assert teacher.detector.teacher is None
     assert teacher.detector.backbone.output_shape()["p3"] == ShapeSpec(channels=32, stride=8)
+
+
+@pytest.mark.parametrize("style", ["yaml", "lazy"])
+def test_a_teacher_config_that_distills_builds_no_teacher_of_its_own(teacher_file, tmp_path, style):
+    """Its own teacher's file does not even exist."""
+    torch.save({"model": build(distill_config(teacher_file)).state_dict()}, tmp_path / "distilled.pth")
+    config, opts = {
+        "yaml": ("quick_crosskd_retinanet.yaml", ["MODEL.DISTILL.INHERIT", "('neck',)"]),
+        "lazy": ("lazy/quick_crosskd_retinanet.py", ["+model.inherit=[neck]"]),
+    }[style]
+    teacher = load_teacher(str(CONFIGS / config), str(tmp_path / "distilled.pth"), opts)
+    assert teacher.detector.teacher is None
+    assert not teacher.detector.methods
+
+
+# After the end of a method's schedule
+
+
+def ended(teacher_file, *methods, end=("PKD",), **options):
+    opts = [x for name in end for x in (f"MODEL.DISTILL.SCHEDULE.{name.upper()}.END", "5")]
+    return build(distill_config(teacher_file, *opts, methods=methods, **options))
+
+
+def losses_at(student, iteration):
+    with EventStorage(iteration):
+        return student(batch())
+
+
+def test_after_the_end_of_all_methods_no_teacher_runs_and_the_keys_stay(tmp_path, monkeypatch):
+    """Also in a run that is resumed after the end; adapters stay connected, as DistributedDataParallel needs."""
+    file = save_teacher(tmp_path / "teacher.pth", *WIDER)
+    methods = ("PKD", "MGD", "FGD")
+    student = ended(file, *methods, end=methods, teacher_opts=WIDER)
+    before = losses_at(student, 4)
+    assert all(value > 0 for key, value in before.items() if "attention" not in key)
+    resumed = ended(file, *methods, end=methods, teacher_opts=WIDER)
+    monkeypatch.setattr(teacher.Teacher, "__call__", lambda *_: pytest.fail("the teacher ran"))
+    for name, method in resumed.distill.items():
+        monkeypatch.setattr(method, "forward", lambda *_, name=name: pytest.fail(f"{name} ran"))
+    plain = build(small_config())
+    losses, expected = losses_at(resumed, 5), losses_at(plain, 5)
+    assert losses.keys() == before.keys()
+    equal({key: losses[key] for key in expected}, expected)
+    assert all(losses[key] == 0 for key in losses.keys() - expected.keys())
+    assert all(value.dtype == torch.float32 for value in losses.values())
+    own = gradients(resumed, losses)
+    assert own.keys() == {name for name, p in resumed.named_parameters() if p.requires_grad}
+    assert all(not grad.any() for name, grad in own.items() if name.startswith("distill."))
+
+
+def test_after_the_end_data_parallel_training_finds_no_unused_parameters(tmp_path):
+    """Which it would report in the step that follows."""
+    file = save_teacher(tmp_path / "teacher.pth", *WIDER)
+    student = ended(file, "MGD", end=["MGD"], teacher_opts=WIDER)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        parallel = torch.nn.parallel.DistributedDataParallel(student)
+        for iteration in (4, 5, 6):
+            sum(losses_at(parallel, iteration).values()).backward()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_only_what_active_methods_read_is_asked_of_the_teacher(teacher_file, monkeypatch):
+    student = ended(teacher_file, "CrossKD", "PKD", end=["CrossKD"])
+    asked = []
+    run = teacher.Teacher.__call__
+    monkeypatch.setattr(teacher.Teacher, "__call__", lambda *args: asked.append(args[3:5]) or run(*args))
+    before, after = losses_at(student, 4), losses_at(student, 5)
+    assert asked == [([(1, False)], True), ([], False)]
+    assert before.keys() == after.keys()
+    assert before["loss_crosskd_cls"] > 0 == after["loss_crosskd_cls"]
+    assert after["loss_pkd_feature"] > 0
+
+
+def test_looking_for_the_names_of_losses_draws_no_random_numbers(teacher_file):
+    for methods in (("MGD",), ("CrossKD", "PKD")):
+        plain = build(distill_config(teacher_file, methods=methods))
+        states = [torch.get_rng_state()]
+        other = ended(teacher_file, *methods, end=methods)
+        states.append(torch.get_rng_state())
+        assert torch.equal(*states)
+        equal(plain.state_dict(), other.state_dict())
+        assert other.training
+        assert not hasattr(other, "loss_normalizer")
+
+
+def test_an_observation_holds_what_the_losses_are_made_of(teacher_file):
+    student, twin = (build(distill_config(teacher_file)) for _ in range(2))
+    with EventStorage():
+        observation = student.observe(batch())
+        assert not hasattr(student, "loss_normalizer")  # only losses move it
+        losses = student.losses_of(observation)
+    equal(losses, step(twin, batch()))
+    assert student.loss_normalizer == twin.loss_normalizer
+    assert observation.teacher.detector is student.teacher.detector
+    assert observation.targets.labels.shape == observation.student.logits.shape[:2]
+    assert [len(x) for x in observation.targets.instances] == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("opts", "methods", "message"),
+    [
+        ((), ("PKD", "PKD"), "PKD is named twice"),
+        (("MODEL.DISTILL.PKD.WEIGHT", "-1.0"), ("PKD",), r"PKD's weight is -1\.0; set it to 0 or more"),
+        (("MODEL.DISTILL.CROSSKD.BOX_WEIGHT", "-0.5"), ("CrossKD",), "CrossKD's box_weight is -0.5"),
+        (("MODEL.DISTILL.FGD.BETA", "-1.0"), ("FGD",), "FGD's alpha, beta, gamma and lambda_ are"),
+    ],
+)
+def test_methods_twice_and_negative_weights_are_refused(teacher_file, opts, methods, message):
+    with pytest.raises(D2kdError, match=message):
+        build(distill_config(teacher_file, *opts, methods=methods))
+
+
+def test_load_teacher_loads_at_once_unless_asked_to_wait(tmp_path):
+    config, missing = str(CONFIGS / "quick_retinanet.yaml"), str(tmp_path / "gone.pth")
+    with pytest.raises(D2kdError, match=r"gone\.pth"):
+        load_teacher(config, missing)
+    later = load_teacher(config, missing, when_needed=True)
+    assert not later.loaded
+    with pytest.raises(D2kdError, match=r"gone\.pth"):
+        later(batch(), "BGR")

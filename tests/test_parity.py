@@ -1,7 +1,7 @@
 """Parity with numbers measured by running the authors' own code.
 
-``D2KD_GOLDENS`` names the folder of the goldens (default ``tests/goldens``); the cases are found by file name.
-Tolerances: losses and predictions 1e-5 of the largest, gradients 1e-3 of the largest.
+``D2KD_GOLDENS`` names the folder of the goldens (default ``tests/goldens``). Cases are found by file name, and all
+sizes are read from the files. Tolerances: losses and predictions 1e-5 of the largest, gradients 1e-3 of the largest.
 """
 
 from pathlib import Path
@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.meta_arch.retinanet import RetinaNet
-from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import EventStorage
 from fvcore.nn import sigmoid_focal_loss
 from goldens import (
@@ -24,11 +23,18 @@ from goldens import (
     Maps,
     cases,
     close,
+    close_levels,
     covered_cases,
     detector_cases,
+    image_list,
+    level_strides,
     retinanet_args,
     slot_order,
+    truths,
+    zero_maps,
 )
+from matching import check_labels
+from rounding import check_gradients
 from torch import Tensor
 
 from d2kd.dense import DenseOutputs, anchors_inside, make_targets, run_dense
@@ -76,8 +82,8 @@ def retinanet_losses(case: Case, predictions: List[List[Tensor]]) -> Dict[str, T
 class Run:
     """One training step of a case through the model's own forward, with the reference's detection losses."""
 
-    def __init__(self, path: Path) -> None:
-        self.case = Case(path)
+    def __init__(self, path: Path, double: bool = False) -> None:
+        self.case = Case(path, double)
         seen: List[Any] = []
         hook = self.case.student.head.register_forward_hook(lambda _m, _i, output: seen.append(output))
         with EventStorage():
@@ -94,8 +100,11 @@ class Run:
             self.kd = {k: v if k == "loss_pkd_feature" else v / FCOS_FLOOR for k, v in self.kd.items()}
         self.total = sum(self.kd.values()) + sum(self.detection.values())
 
-    def backward(self) -> None:
+    def gradients(self) -> Dict[str, Tensor]:
+        """Of the total loss, by parameter and for a head case by FPN map."""
         self.total.backward()
+        maps = {} if self.case.full else {f"FPN map {i}": m.grad for i, m in enumerate(self.case.maps)}
+        return {**maps, **{name: p.grad for name, p in self.case.student.named_parameters() if p.grad is not None}}
 
 
 @all_cases
@@ -115,22 +124,25 @@ def test_losses(path: Path) -> None:
     close(run.total, golden["loss.total"], LOSS, "total")
 
 
+def golden_gradients(case: Case) -> Dict[str, Tensor]:
+    """What the file has of them, and norms of the others, under our names."""
+    trainable = {name for name, p in case.student.named_parameters() if p.requires_grad}
+    found = {name: torch.tensor(norm) for name, norm in case.norms().items()}
+    assert found.keys() <= trainable
+    full = {name: x for name, x in case.gradients("grad.").items() if name in trainable and not x.isnan().any()}
+    assert full, "the golden has no gradient"
+    maps = [] if case.full else case.golden.levels("grad.stu.fpn.{}")
+    norms = {f"norm of {name}": norm for name, norm in found.items()}
+    return {**full, **norms, **{f"FPN map {i}": level for i, level in enumerate(maps)}}
+
+
 @all_cases
 def test_gradients(path: Path) -> None:
-    run = Run(path)
-    run.backward()
-    parameters = dict(run.case.student.named_parameters())
-    compared = 0
-    if not run.case.full:
-        for ours, theirs in zip(run.case.maps, run.case.golden.levels("grad.stu.fpn.{}")):
-            close(ours.grad, theirs, GRADIENT, "FPN map")
-    for name, golden in run.case.gradients("grad.").items():
-        if name in parameters and not golden.isnan().any():
-            close(parameters[name].grad, golden, GRADIENT, name)
-            compared += 1
-    for name, norm in run.case.norms().items():
-        assert parameters[name].grad.norm().item() == pytest.approx(norm, rel=GRADIENT), name
-    assert compared, "no gradient was compared"
+    def run(double: bool) -> Dict[str, Tensor]:
+        gradients = Run(path, double).gradients()
+        return {**gradients, **{f"norm of {name}": gradient.norm() for name, gradient in gradients.items()}}
+
+    check_gradients(run, golden_gradients(Case(path)), GRADIENT)
 
 
 @all_cases
@@ -142,16 +154,17 @@ def test_targets_and_predictions(path: Path) -> None:
     labels, boxes = case.student.label_anchors(student.anchors_per_level, [x["instances"] for x in batch])
     targets = make_targets(student, images, [x["instances"] for x in batch], labels, boxes)
     expected = case.targets("labels")
-    weights = targets.weights
-    if case.kind.plain is not FCOS:  # which has neither weights nor this normaliser
-        weights = case.targets("label_weights")
-        assert torch.equal(targets.weights, weights)
+    if case.kind.plain is FCOS:  # which has neither weights nor this normalizer
+        assert torch.equal(targets.labels, expected)
+    else:
+        labels = torch.where(targets.weights > 0, targets.labels, -1)
+        expected = torch.where(case.targets("label_weights") > 0, expected, -1)
+        check_labels(case.student, student.anchors, targets, labels, expected)
         assert float(targets.num_pos) == float(case.find("target.labels.p3")["target.avg_factor"])
-    assert torch.equal(torch.where(weights > 0, targets.labels, -1), torch.where(weights > 0, expected, -1))
     teacher = case.student.teacher(batch, case.student.input_format, case.student.methods[0].cuts)
     if case.full:
-        close_levels(student.features, case.inputs.levels("stu.fpn.{}"), "student FPN")
-        close_levels(teacher.features, case.teacher_file.levels("tea.fpn.{}"), "teacher FPN")
+        close_levels(student.features, case.inputs.levels("stu.fpn.{}"), LOSS, "student FPN")
+        close_levels(teacher.features, case.teacher_file.levels("tea.fpn.{}"), LOSS, "teacher FPN")
     check_predictions(case, student, case.inputs, "stu.pred_{}.{{}}")
     check_predictions(case, teacher, case.teacher_file, "tea.pred_{}.{{}}")
     if "cross.pred_cls.p3" in case.golden:
@@ -175,15 +188,10 @@ def check_alignment(case: Case, student: DenseOutputs, teacher: DenseOutputs) ->
     cut = case.student.methods[0].cut
     for tower, name in enumerate(("cls", "reg")):
         own, theirs = student.towers(cut)[tower], teacher.towers(cut)[tower]
-        close_levels(own, case.golden.levels(f"stu.hold_{name}.{{}}"), "student hold")
-        close_levels(theirs, case.golden.levels(f"tea.hold_{name}.{{}}"), "teacher hold")
+        close_levels(own, case.golden.levels(f"stu.hold_{name}.{{}}"), LOSS, "student hold")
+        close_levels(theirs, case.golden.levels(f"tea.hold_{name}.{{}}"), LOSS, "teacher hold")
         aligned = [align_scale(s, t) for s, t in zip(own, theirs)]
-        close_levels(aligned, case.golden.levels(f"aligned_{name}.{{}}"), "aligned")
-
-
-def close_levels(ours: List[Tensor], golden: List[Tensor], what: str) -> None:
-    for level, (mine, theirs) in enumerate(zip(ours, golden)):
-        close(mine, theirs, LOSS, f"{what} level {level}")
+        close_levels(aligned, case.golden.levels(f"aligned_{name}.{{}}"), LOSS, "aligned")
 
 
 def block(name: str) -> Any:
@@ -283,14 +291,12 @@ def test_delta_coder(path: Path) -> None:
             close(deltas.grad, golden[f"{name}.decoded.grad"], GRADIENT, f"{name} gradient")
 
 
-def retinanet_of_blocks(golden: Golden, num_classes: int) -> RetinaNet:
+def retinanet_of_blocks(golden: Golden, num_classes: int, levels: int) -> RetinaNet:
     """A stock RetinaNet with the reference's default anchors and assignment, on maps of the golden's size."""
-    height, width = golden["batch_shape"].tolist()
-    maps = [torch.zeros(2, 4, -(-height // s), -(-width // s)) for s in (8, 16, 32, 64, 128)]
     config = {
         "bbox_head": {
             "anchor_generator": {"octave_base_scale": 4, "ratios": [0.5, 1.0, 2.0], "scales_per_octave": 3}
-            | {"strides": [8, 16, 32, 64, 128]},
+            | {"strides": level_strides(levels)},
             "bbox_coder": {"target_stds": [1.0] * 4},
             "feat_channels": 4,
             "in_channels": 4,
@@ -298,29 +304,23 @@ def retinanet_of_blocks(golden: Golden, num_classes: int) -> RetinaNet:
             "num_classes": num_classes,
         },
         "train_cfg": {"assigner": {"neg_iou_thr": 0.4, "pos_iou_thr": 0.5}},
-        "test_cfg": {"score_thr": 0.05, "nms": {"iou_threshold": 0.5}},
+        "test_cfg": {"score_thr": 0.05, "nms_pre": 1000, "nms": {"iou_threshold": 0.5}, "max_per_img": 100},
     }
-    return RetinaNet(**retinanet_args(config, Maps(maps)))
+    return RetinaNet(**retinanet_args(config, Maps(zero_maps(golden, levels=levels))))
 
 
 def outputs_of(model: RetinaNet) -> DenseOutputs:
     return DenseOutputs(model, model.backbone.maps)
 
 
-def images_of(golden: Golden) -> ImageList:
-    height, width = golden["batch_shape"].tolist()
-    return ImageList(torch.zeros(2, 3, height, width), [tuple(s) for s in golden["img_shapes"].tolist()])
-
-
 @block("blocks_anchors")
 def test_anchors_and_validity(path: Path) -> None:
     golden = Golden(path)
-    model = retinanet_of_blocks(golden, 5)
-    outputs = outputs_of(model)
-    anchors = in_our_order([level[None] for level in golden.levels("retinanet.anchors.{}")])[0]
-    close(outputs.anchors, anchors, LOSS, "anchors")
-    inside = anchors_inside(outputs, images_of(golden))
-    for image in range(2):
+    per_level = golden.levels("retinanet.anchors.{}")
+    outputs = outputs_of(retinanet_of_blocks(golden, 1, len(per_level)))
+    close(outputs.anchors, in_our_order([level[None] for level in per_level])[0], LOSS, "anchors")
+    inside = anchors_inside(outputs, image_list(golden))
+    for image in range(len(golden["img_shapes"])):
         valid = in_our_order([level[None] for level in golden.levels(f"retinanet.valid.{image}.{{}}")])[0]
         assert torch.equal(inside[image], valid)
 
@@ -328,22 +328,16 @@ def test_anchors_and_validity(path: Path) -> None:
 @block("blocks_assign")
 def test_assignment(path: Path) -> None:
     golden = Golden(path)
-    num_classes = int(golden["num_classes"])
-    model = retinanet_of_blocks(golden, num_classes)
-    outputs = outputs_of(model)
-    images = images_of(golden)
-    instances = []
-    for i in range(2):
-        target = Instances(tuple(golden["img_shapes"][i].tolist()))
-        target.gt_boxes = Boxes(golden[f"gt.{i}.boxes"])
-        target.gt_classes = golden[f"gt.{i}.labels"]
-        instances.append(target)
+    per_level = golden.levels("retinanet.targets.labels.{}")
+    model = retinanet_of_blocks(golden, int(golden["num_classes"]), len(per_level))
+    outputs, images = outputs_of(model), image_list(golden)
+    instances = truths(golden, golden["img_shapes"])
     labels, boxes = model.label_anchors(outputs.anchors_per_level, instances)
     targets = make_targets(outputs, images, instances, labels, boxes)
-    weights = in_our_order(golden.levels("retinanet.targets.label_weights.{}")).float()
-    expected = in_our_order(golden.levels("retinanet.targets.labels.{}")).long()
-    assert torch.equal(targets.weights, weights)
-    assert torch.equal(targets.labels[weights > 0], expected[weights > 0])
+    weights = in_our_order(golden.levels("retinanet.targets.label_weights.{}"))
+    expected = torch.where(weights > 0, in_our_order(per_level).long(), -1)
+    ours = torch.where(targets.weights > 0, targets.labels, -1)
+    check_labels(model, outputs.anchors, targets, ours, expected)
     assert float(targets.num_pos) == float(golden["retinanet.targets.avg_factor"])
     empty = [x[:0] for x in instances]
     labels, boxes = model.label_anchors(outputs.anchors_per_level, empty)
@@ -360,10 +354,11 @@ def test_retinanet_inference(path: Path, setting: str) -> None:
     """
     golden = Golden(path)
     test = golden.json(f"{setting}.test_cfg_json")
-    model = retinanet_of_blocks(golden, golden["cls.p3"].shape[1] // 9)
-    outputs = [in_our_order([rows(m) for m in golden.levels(f"{kind}.{{}}")]) for kind in ("cls", "reg")]
+    maps = [golden.levels(f"{kind}.{{}}") for kind in ("cls", "reg")]
+    model = retinanet_of_blocks(golden, maps[0][0].shape[1] // 9, len(maps[0]))
+    outputs = [in_our_order([rows(level) for level in output]) for output in maps]
     anchors = outputs_of(model).anchors_per_level
-    for i, size in enumerate(images_of(golden).image_sizes):
+    for i, size in enumerate(image_list(golden).image_sizes):
         logits, deltas = (list(x[i].split([len(level) for level in anchors])) for x in outputs)
         found = model._decode_multi_level_predictions(
             anchors, [x.sigmoid() for x in logits], deltas, test["score_thr"], test["nms_pre"], size

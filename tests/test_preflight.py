@@ -115,6 +115,7 @@ PERMUTED = each_slot(lambda _: [1, 2, 0])
 OTHER_CLASSES = each_slot(lambda slot: [(k + slot) % 3 for k in range(3)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["RetinaNet", "GFL"])
 def test_a_sound_teacher_passes_and_is_described(kind, folder, loader, log):
     model = student(folder / f"{kind}.pth", kind=kind)
@@ -231,6 +232,7 @@ def lazy_command(weights, output, images):
     return ["--config-file", LAZY, *opts, f"train.preflight={images}", f"train.output_dir={output}", "train.max_iter=2"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [yaml_command, lazy_command])
 def test_a_run_is_stopped_before_its_first_iteration(command, folder, tmp_path, capfd):
     weights = altered(folder, tmp_path, random_part(""))
@@ -249,6 +251,7 @@ def test_a_teacher_that_detects_is_not_called_random(folder, loader):
     check_teacher(student(folder / "weak_GFL.pth", kind="GFL"), loader, IMAGES)
 
 
+@pytest.mark.slow
 def test_training_is_the_same_with_and_without(folder, blood_cells, tmp_path):
     for images in (0, 3):
         assert main(yaml_command(folder / "RetinaNet.pth", tmp_path / str(images), images)) == 0

@@ -1,4 +1,4 @@
-"""A training run cannot be lost: killed, stopped or out of disk, it goes on and ends with the very same weights."""
+"""A run is never lost: killed, stopped or out of disk space, it resumes and ends with the very same weights."""
 
 import json
 import logging
@@ -137,9 +137,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [x if x == "FCOS" else pytest.param(x, marks=pytest.mark.slow) for x in CASES])
 def test_killed_and_resumed_equals_unbroken(case, teachers, tmp_path, at):
-    """Weights, optimizer, schedule, EMA, adapters, running normaliser: all of the last checkpoint, bit for bit."""
+    """Weights, optimizer, schedule, EMA, adapters, running normalizer: all of the last checkpoint, bit for bit."""
     options, opts = CASES[case]
     assert train(tmp_path / "unbroken", teachers, *opts, **options) == 0
     broken = tmp_path / "broken"
@@ -161,6 +161,7 @@ def test_killed_and_resumed_equals_unbroken(case, teachers, tmp_path, at):
         assert state["trainer"]["hooks"]["Saving"]["loss_normalizers"][0] != 300
 
 
+@pytest.mark.slow
 def test_a_random_seed_is_kept(teachers, tmp_path, at):
     """SEED -1 draws one; the resumed run keeps it. run.json names it, and with it the run can be repeated."""
     at(4, kill)
@@ -195,7 +196,7 @@ def test_a_restart_by_torchrun_resumes(teachers, unbroken, tmp_path, at, monkeyp
 
 
 def test_damaged_checkpoints_are_passed_over(teachers, unbroken, tmp_path, capfd):
-    """Truncated, then empty: the run goes on from the one before, whatever the pointer says."""
+    """Truncated, then empty: the run resumes from the previous one, whatever the pointer says."""
     shutil.copytree(unbroken, tmp_path, dirs_exist_ok=True)
     (tmp_path / "model_final.pth").unlink()
     newest = tmp_path / "model_0000005.pth"
@@ -219,6 +220,7 @@ def test_no_readable_checkpoint_is_told(teachers, unbroken, tmp_path, capfd):
     assert "none of the checkpoints" in last_error(capfd)
 
 
+@pytest.mark.slow
 def test_full_disk_leaves_the_last_good_checkpoint(teachers, unbroken, tmp_path, at, monkeypatch, capfd):
     """The system refuses to write files above a size: an error in one sentence, the pointer and its file stay."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -238,6 +240,7 @@ def test_full_disk_leaves_the_last_good_checkpoint(teachers, unbroken, tmp_path,
     assert_same_end(unbroken, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [command, lazy_command])
 def test_a_run_is_not_overwritten_or_mixed_up(make, teachers, tmp_path, capfd):
     """Without --resume it is refused; with it, only what changes no iteration may differ."""
@@ -253,8 +256,8 @@ def test_a_run_is_not_overwritten_or_mixed_up(make, teachers, tmp_path, capfd):
     assert f"{'optimizer.lr' if make is lazy_command else 'SOLVER.BASE_LR'} was 0.0" in last_error(capfd)
     assert resume(tmp_path, teachers, *evaluation, make=make) == 0
     assert (tmp_path / "model_final.pth").read_bytes() == final
-    told = ("--resume", "--allow-config-change")
-    assert train(tmp_path, teachers, *rate, make=make, flags=told) == 0
+    flags = ("--resume", "--allow-config-change")
+    assert train(tmp_path, teachers, *rate, make=make, flags=flags) == 0
     assert resume(tmp_path, teachers, *rate, make=make) == 0  # these are the run's values now
 
 

@@ -3,10 +3,13 @@
 import json
 import sys
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from d2kd.errors import D2kdError
+from d2kd.experiments.pictures import draw_curves, draw_grid
 from d2kd.experiments.series import Run, run_all, spread, table
 
 # Stands for train_net.py: writes what a run leaves in its folder, with an AP of ten times the seed.
@@ -76,3 +79,18 @@ def test_the_real_command_names_everything(tmp_path):
 def test_spread():
     assert spread([1.0]) == "1.0"
     assert spread([1.0, 3.0], 2) == "2.00 ± 1.41"
+
+
+def test_pictures_are_drawn(tmp_path):
+    run = make(tmp_path, "plain", 1)
+    run_all([run])
+    image = {"id": 1, "file_name": "a.png", "width": 40, "height": 30}
+    box = {"image_id": 1, "category_id": 3, "bbox": [4, 5, 20, 10], "score": 0.9}
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
+    truth = {"images": [image], "categories": [{"id": 3, "name": "cell"}], "annotations": [box]}
+    (tmp_path / "truth.json").write_text(json.dumps(truth))
+    (tmp_path / "found.json").write_text(json.dumps([box, {**box, "score": 0.1}]))
+    draw_curves({"plain": run.folder}, tmp_path / "curves.png")
+    draw_grid(tmp_path / "truth.json", tmp_path, {"plain": tmp_path / "found.json"}, tmp_path / "grid.png")
+    for name in ("curves.png", "grid.png"):
+        assert np.asarray(Image.open(tmp_path / name)).std() > 0

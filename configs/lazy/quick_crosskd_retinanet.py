@@ -28,6 +28,7 @@ model.pixel_std = [57.375, 57.12, 58.395]
 model.teacher = L(load_teacher)(
     config_file=str(Path(__file__).parent.parent / "quick_retinanet.yaml"),
     weights="output/quick_retinanet/model_final.pth",
+    when_needed=True,
 )
 model.methods = [L(CrossKD)(cut=1)]
 

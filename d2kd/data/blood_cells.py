@@ -207,10 +207,10 @@ def _background(rng: np.random.Generator, size: Tuple[int, int]) -> np.ndarray:
 def _place_cells(rng: np.random.Generator, size: Tuple[int, int], scale: float) -> List[Cell]:
     """Returns the cells from bottom to top."""
     density = size[1] / scale / NOMINAL_SIZE[1]
-    counts = {
-        WBC: rng.choice([0, 1, 2], p=[0.06, 0.86, 0.08]),
+    counts: Dict[int, int] = {
+        WBC: int(rng.choice([0, 1, 2], p=[0.06, 0.86, 0.08])),
         RBC: round(rng.integers(9, 24) * density),
-        PLATELET: rng.choice([1, 2, 3, 4, 5], p=[0.1, 0.3, 0.3, 0.2, 0.1]),
+        PLATELET: int(rng.choice([1, 2, 3, 4, 5], p=[0.1, 0.3, 0.3, 0.2, 0.1])),
     }
     cells: List[Cell] = []
     for category, count in counts.items():

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..contract import channel_order
 from ..data.loader import SeededDataset
 from ..errors import D2kdError
+from ..keys import key, setting
 from ..meta_arch import DistillMetaArch
 from ..teacher import Teacher
 from .dry_run import num_parameters
@@ -31,9 +32,12 @@ MOST_IMAGES = 0.8  # of those on which the two differ
 # In percent. Networks with random weights stay far below.
 WEAK_AP50 = 10.0
 PARTS = {"": "all weights", "backbone.": "the backbone's weights"}  # a random head already shows by the first
-SKIP = "MODEL.DISTILL.PREFLIGHT 0 (LazyConfig: train.preflight=0) skips this check"
 
 _LOG = logging.getLogger(__name__)
+
+
+def _skip() -> str:
+    return f"{setting('MODEL.DISTILL.PREFLIGHT', 0)} skips this check"
 
 
 def check_teacher(model: nn.Module, loader: Any, num_images: int) -> None:
@@ -114,15 +118,15 @@ def judge(best: Variant, losses: Dict[str, Tensor], is_weak: bool, class_is_read
     """
     configured, found = next(iter(losses.values())), losses[best.label]
     if not found.isfinite().all():
-        raise D2kdError(f"the teacher's outputs are not finite: its weights hold NaN or infinity; {SKIP}")
+        raise D2kdError(f"the teacher's outputs are not finite: its weights hold NaN or infinity; {_skip()}")
     for name, values in zip(PARTS.values(), list(losses.values())[-len(PARTS) :]):
         if is_weak and not clearly_lower(found, values):
             raise D2kdError(
                 f"the teacher detects no better (loss {found.mean():.3f}) than with {name} shuffled "
-                f"({values.mean():.3f}), as if these were random: set MODEL.DISTILL.TEACHER.WEIGHTS to the file of a "
-                f"trained detector; {SKIP}"
+                f"({values.mean():.3f}), as if these were random: set {key('MODEL.DISTILL.TEACHER.WEIGHTS')} to the "
+                f"file of a trained detector; {_skip()}"
             )
-    verdict = f"{best.diagnosis} (loss {found.mean():.3f} then, {configured.mean():.3f} now); {SKIP}"
+    verdict = f"{best.diagnosis} (loss {found.mean():.3f} then, {configured.mean():.3f} now); {_skip()}"
     if best.of_classes and not class_is_read:
         _LOG.warning("No method reads classes, but %s", verdict)
     elif best.diagnosis:

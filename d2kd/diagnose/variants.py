@@ -6,6 +6,7 @@ from typing import Callable, List, NamedTuple, Sequence
 import torch
 from torch import Tensor
 
+from ..keys import key
 from ..teacher import Teacher
 from .sample import ImageResult, Sample, focal_loss
 
@@ -17,7 +18,10 @@ PIXEL_STATISTICS = (
     ((0.0, 0.0, 0.0), (255.0, 255.0, 255.0)),
     ((127.5, 127.5, 127.5), (127.5, 127.5, 127.5)),
 )
-WHERE = "in the teacher's own config or by MODEL.DISTILL.TEACHER.OPTS (LazyConfig: model.teacher.opts)"
+
+
+def _where() -> str:
+    return f"in the teacher's own config or by {key('MODEL.DISTILL.TEACHER.OPTS')}"
 
 
 class Variant(NamedTuple):
@@ -47,14 +51,14 @@ def pixel_variants(teacher: Teacher) -> List[Variant]:
     order = teacher.input_format
     own = [x.flatten().tolist() for x in (teacher.detector.pixel_mean, teacher.detector.pixel_std)]
     other = "RGB" if order == "BGR" else "BGR"
-    diagnosis = f"the teacher seems to expect {other} and gets {order}: set INPUT.FORMAT {other} {WHERE}"
+    diagnosis = f"the teacher seems to expect {other} and gets {order}: set INPUT.FORMAT {other} {_where()}"
     variants = [Variant(f"channel order {other}", diagnosis, with_pixels(teacher, other, *own))]
     for pair in PIXEL_STATISTICS:
         mean, std = ([*x[::-1]] if order == "RGB" else [*x] for x in pair)
         if not torch.allclose(torch.tensor([mean, std]), torch.tensor(own)):
             diagnosis = (
                 f"the teacher seems to expect pixels of another scale: set MODEL.PIXEL_MEAN {mean} and MODEL.PIXEL_STD "
-                f"{std} {WHERE}"
+                f"{std} {_where()}"
             )
             variants.append(Variant(f"pixel mean {mean}, std {std}", diagnosis, with_pixels(teacher, order, mean, std)))
     return variants
@@ -95,8 +99,8 @@ def class_variants(sample: Sample, teacher: Teacher) -> List[Variant]:
         return result.loss_with(torch.logit(objectness * shares, eps=1e-6))
 
     permuted = (
-        "the teacher counts its classes in another order than the student: set MODEL.DISTILL.CLASS_MAP (LazyConfig: "
-        f"model.class_map), pairs of student's and teacher's, to {pairs}"
+        "the teacher counts its classes in another order than the student: set "
+        f"{key('MODEL.DISTILL.CLASS_MAP')}, pairs of student's and teacher's, to {pairs}"
     )
     unknown = (
         "the teacher finds the objects but seems to know other classes, since guessing by frequency would be better: "

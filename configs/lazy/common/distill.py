@@ -23,6 +23,8 @@ def distill(model, student, teacher, methods):
     """Sets the class, the teacher (a YAML config with mmdetection's weights for it) and the methods of a model."""
     model._target_ = student
     model.teacher = L(load_teacher)(
-        config_file=str(Path(__file__).parents[2] / f"{teacher}.yaml"), weights=MMDET + WEIGHTS[teacher]
+        config_file=str(Path(__file__).parents[2] / f"{teacher}.yaml"),
+        weights=MMDET + WEIGHTS[teacher],
+        when_needed=True,
     )
     model.methods = methods
