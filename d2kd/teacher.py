@@ -19,7 +19,7 @@ from .heads import Cut
 from .keys import key
 from .overrides import apply_override
 from .pairing import class_names
-from .ranges import check_config
+from .relations import check_config
 from .wiring import check_wiring
 
 _LOG = logging.getLogger(__name__)

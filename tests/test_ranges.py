@@ -12,7 +12,8 @@ from d2kd.config import load_config
 from d2kd.engine.recipe import flatten
 from d2kd.engine.styles.lazy_style import with_defaults
 from d2kd.errors import D2kdError
-from d2kd.ranges import CHOICES, RANGES, check_config, check_ranges
+from d2kd.ranges import CHOICES, RANGES, check_ranges
+from d2kd.relations import check_config
 
 DEFAULTS = str(CONFIGS / "quick_crosskd_retinanet.yaml")
 ZOO = ("COCO-Detection/retinanet_R_50_FPN_1x.yaml", "COCO-Detection/faster_rcnn_R_50_C4_1x.yaml")

@@ -5,7 +5,7 @@ import os
 from typing import Sequence, Tuple
 
 from ..errors import D2kdError
-from ..ranges import check_config
+from ..relations import check_config
 from .recipe import Recipe
 
 
