@@ -142,5 +142,4 @@ def cheap_runs() -> Iterator[None]:
         patch.setattr("detectron2.engine.defaults.collect_env_info", lambda: "", raising=False)
         patch.setattr("detectron2.engine.defaults._highlight", lambda code, _: code, raising=False)
         patch.setattr("detectron2.engine.defaults._try_get_key", _value, raising=False)
-        patch.setattr("logging.raiseExceptions", False)  # loggers may hold a stream of an earlier test, which is closed
         yield

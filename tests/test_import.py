@@ -59,7 +59,7 @@ import d2kd
 assert "bccd_train" in DatasetCatalog
 """
     )
-    assert ("'bccd_train' already stands for /elsewhere/bccd.json" in said) == first
+    assert ("'bccd_train' is already used for /elsewhere/bccd.json" in said) == first
 
 
 def test_what_is_exported() -> None:

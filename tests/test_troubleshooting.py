@@ -1,7 +1,6 @@
 """Each row of docs/troubleshooting.md: the mistake is made, and its message stands on the page."""
 
 import json
-import logging
 import os
 import shutil
 import socket
@@ -34,7 +33,6 @@ class Place:
         self.capfd = capfd
         self.monkeypatch = monkeypatch
         self.teacher = folder.parent / "teacher.pth"
-        monkeypatch.setattr(logging, "raiseExceptions", False)  # loggers may hold a stream of an earlier test
 
     def run(self, *overrides, config=PLAIN, flags=(), status=2):
         opts = ["OUTPUT_DIR", self.output, *SHORT, *overrides]

@@ -356,9 +356,9 @@ def _defects(content: Dict[str, Any]) -> List[Defect]:
     numbers = chain.from_iterable(annotation["bbox"] for annotation in annotations)
     boxes = np.fromiter(numbers, float).reshape(-1, 4)
     low, high = boxes[:, :2], boxes[:, :2] + boxes[:, 2:]
-    flat = (boxes[:, 2:] <= MIN_SIDE).any(1)
-    outside = (np.minimum(high, sizes) - np.maximum(low, 0) <= MIN_SIDE).any(1)
-    protruding = ((low < -TOLERANCE) | (high > sizes + TOLERANCE)).any(1)
+    flat = np.any(boxes[:, 2:] <= MIN_SIDE, axis=1)
+    outside = np.any(np.minimum(high, sizes) - np.maximum(low, 0) <= MIN_SIDE, axis=1)
+    protruding = np.any((low < -TOLERANCE) | (high > sizes + TOLERANCE), axis=1)
     shapeless = np.array([_has_no_polygon(annotation.get("segmentation")) for annotation in annotations])
     found = [
         Defect("boxes without area", DROPS, flat),

@@ -9,8 +9,9 @@ The regions are those of LD's authors (arXiv 2102.12252), with their weight. The
 what it is meant to do); "finegrained" and "gibox" have the same names. With ``gi_per_batch=True`` the values equal
 theirs.
 
-Deviations from their code: a level with an empty region gives 0 instead of NaN, and the size of a region is averaged
-over workers, so that the mean over workers equals the loss of one worker with all images.
+Deviations from their code: a level with an empty region gives 0 instead of NaN; a level without positive anchors, which
+counts 0 there, counts its region here; and the size of a region is averaged over workers, so that the mean over workers
+equals the loss of one worker with all images.
 """
 
 from typing import Dict, List

@@ -10,9 +10,7 @@ also names a class loss outside of the main region, but its value is always 0.
 As in both, the main loss is a sum, weighted by the student's own highest class score and not divided by the number of
 positives, so it grows with the number of boxes and with the number of images per worker: see ``per_image``. Deviations
 from the authors' code: images without ground truth give 0, where theirs raises an error; the number of positives that
-the class loss is divided by is averaged over workers; and ``true_diou`` defines the region as the paper does. Their
-imitation regions, :class:`FitNet` here, give 0 on a level without positive anchors even if the region is not empty
-there; here these locations count.
+the class loss is divided by is averaged over workers; and ``true_diou`` defines the region as the paper does.
 """
 
 from typing import Dict, List, Sequence
