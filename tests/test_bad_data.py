@@ -422,7 +422,7 @@ SPOILS = {
 }
 
 
-@pytest.mark.parametrize("how", set(SPOILS) - {"gone", "truncated"})  # the header of a truncated file is whole
+@pytest.mark.parametrize("how", [how for how in SPOILS if how not in ("gone", "truncated")])
 def test_images_to_evaluate_are_opened_before(how, tmp_path):
     spoil, reason = SPOILS[how]
     path = write(tmp_path, content_of())
