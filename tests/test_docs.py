@@ -31,3 +31,12 @@ def test_help_runs_and_is_clean(script):
     assert done.returncode == 0
     assert "usage:" in done.stdout
     assert "Warning" not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("script", ["datasets/prepare_bccd.py", *TOOLS])
+def test_help_does_not_wait_for_imports(script):
+    """The parser of train_net.py is detectron2's, which needs torch."""
+    run = f"import runpy, sys; sys.argv = ['x', '--help']; runpy.run_path({str(ROOT / script)!r}, run_name='__main__')"
+    done = subprocess.run([sys.executable, "-X", "importtime", "-c", run], capture_output=True, text=True)
+    assert "usage:" in done.stdout
+    assert "torch" not in done.stderr

@@ -14,6 +14,7 @@ import torch
 from tabulate import tabulate
 
 from ..data import dataset_root, write_blood_cells
+from ..data.bccd import prepare, summary
 from ..errors import EXIT_INTERRUPTED, D2kdError, exit_status
 from .pictures import read_metrics
 
@@ -227,9 +228,7 @@ def prepare_data(data: str, bccd: str) -> None:
     elif not (folder / "instances_val.json").exists():
         if not bccd:
             raise D2kdError(f"there is no data set in {folder}; set its source: make demo DATA=bccd BCCD=<folder>")
-        script = ROOT / "datasets" / "prepare_bccd.py"
-        if subprocess.run([sys.executable, script, bccd, "--output", folder]).returncode:
-            raise D2kdError(f"{bccd} could not be prepared; see the error above")
+        print(summary(*prepare(Path(bccd), folder)))
 
 
 def resumable(run: Callable[[], Optional[int]]) -> int:
