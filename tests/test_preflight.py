@@ -147,7 +147,7 @@ MISTAKES = {
         "expect BGR and gets RGB: set INPUT.FORMAT BGR in the teacher's own",
     ),
     "pixel std": (None, ["MODEL.PIXEL_STD", "[1.0,1.0,1.0]"], r"MODEL.PIXEL_STD \[57.375, 57.12, 58.395\]"),
-    "classes permuted": (PERMUTED, [], r"CLASS_MAP .* to \(\(0, 2\), \(1, 0\), \(2, 1\)\)"),
+    "classes permuted": (PERMUTED, [], r"CLASS_MAP, pairs .*, to \(\(0, 2\), \(1, 0\), \(2, 1\)\)"),
     "other classes": (OTHER_CLASSES, [], "seems to know other classes"),
     "NaN": (not_finite, [], "not finite"),
 }

@@ -163,7 +163,7 @@ def test_values_of_a_lazy_config_are_checked(teacher_file, tmp_path, capfd):
     for override, message in (
         ("train.max_iter=0", "train.max_iter is 0; it must be 1 or more"),
         ("model.pixel_std=[1,2]", "model.pixel_std is [1, 2]; it must be three numbers above 0"),
-        ("train.ema_decay=2", "train.ema_decay is 2; it must be between 0 (no average) and 1"),
+        ("train.ema_decay=2", "train.ema_decay is 2; it must be at least 0 (no average) and below 1"),
         ("train.amp={enabled:true,dtype:half}", "train.amp.dtype is 'half'; use one of float16, bfloat16"),
         ("dataloader.train.total_batch_size=0", "dataloader.train.total_batch_size is 0"),
     ):
