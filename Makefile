@@ -12,7 +12,7 @@
 #   VENV=.venv               its folder; VENV=system uses the packages that PYTHON already has, and installs nothing
 #   DETECTRON2=              registry, official, or a path or URL of detectron2's source; empty keeps what is installed
 #   TESTS=                   test files or node ids; empty means all
-#   PYTEST_OPTIONS=          options of pytest, for example "-n 2" for two parallel processes
+#   PYTEST_OPTIONS=...       options of pytest; by default as many processes as there are cores, at most four
 #   DATA=blood_cells         the demo's images: blood_cells (drawn) or bccd (real, with BCCD=<folder>)
 #   DETECTOR=retinanet       the demo's detector: retinanet, gfl, atss or fcos
 #   SEEDS=1 ITERATIONS=200   the demo's repetitions and length
@@ -22,7 +22,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 DETECTRON2 ?=
-PYTEST_OPTIONS ?=
+PYTEST_OPTIONS ?= -n auto --maxprocesses 4
 DATA ?= blood_cells
 DETECTOR ?= retinanet
 SEEDS ?= 1

@@ -25,7 +25,9 @@ def test_links_and_paths_exist(page):
 TOOLS = [f"tools/{path.name}" for path in (ROOT / "tools").glob("*.py")]
 
 
-@pytest.mark.parametrize("script", ["train_net.py", "datasets/prepare_bccd.py", *TOOLS])
+@pytest.mark.parametrize(
+    "script", [pytest.param("train_net.py", marks=pytest.mark.slow), "datasets/prepare_bccd.py", *TOOLS]
+)
 def test_help_runs_and_is_clean(script):
     done = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True)
     assert done.returncode == 0

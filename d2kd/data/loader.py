@@ -111,6 +111,20 @@ def _from_config(cfg: CfgNode, **kwargs: Any) -> Dict[str, Any]:
     return {**train_loader_from_config(cfg, **kwargs), **own}
 
 
+def images_per_process(total_batch_size: int, processes: int) -> int:
+    """Returns the number of images of a batch that each process trains on.
+
+    Raises:
+        D2kdError: the batch cannot be divided by the number of processes.
+    """
+    if total_batch_size < 1 or total_batch_size % processes:
+        raise D2kdError(
+            f"a batch of {total_batch_size} images cannot be divided by {processes} processes; set "
+            f"{key('SOLVER.IMS_PER_BATCH')} to a multiple"
+        )
+    return total_batch_size // processes
+
+
 @configurable(from_config=_from_config)
 def build_train_loader(
     dataset: Union[List[Any], Dataset],
@@ -145,12 +159,7 @@ def build_train_loader(
     Raises:
         D2kdError: the batch cannot be divided by the number of processes.
     """
-    workers = comm.get_world_size()
-    if total_batch_size < 1 or total_batch_size % workers:
-        raise D2kdError(
-            f"a batch of {total_batch_size} images cannot be divided by {workers} processes; set "
-            f"{key('SOLVER.IMS_PER_BATCH')} to a multiple"
-        )
+    batch_size = images_per_process(total_batch_size, comm.get_world_size())
     if isinstance(dataset, IterableDataset):
         return build_detection_train_loader(
             dataset,
@@ -167,7 +176,7 @@ def build_train_loader(
     samples = DatasetFromList(dataset, copy=False) if isinstance(dataset, list) else dataset
     return DataLoader(
         SeededDataset(samples, mapper, seed, skip_bad_images),
-        batch_sampler=ResumableBatches(sampler, groups, total_batch_size // workers),
+        batch_sampler=ResumableBatches(sampler, groups, batch_size),
         num_workers=num_workers,
         collate_fn=collate_fn or trivial_batch_collator,
         worker_init_fn=_ignore_sigterm_of_others,

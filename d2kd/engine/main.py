@@ -32,7 +32,7 @@ from .run import dry_run, evaluate, train
 from .run_folder import ALLOW, RunFolder
 from .styles import is_lazy, load_recipe
 from .trainer import Trainer
-from .values import check_values, check_weights_file
+from .values import check_batch, check_values, check_weights_file
 
 EXIT_DIED = 1
 RESUME = "the same command with --resume continues from the last checkpoint"
@@ -161,6 +161,7 @@ def _check(args: argparse.Namespace, recipe: Recipe) -> List[Remark]:
     check_values(recipe)
     if not args.eval_only:
         check_weights_file(recipe)
+        check_batch(recipe, comm.get_world_size() if under_torchrun() else max(1, args.num_gpus * args.num_machines))
     sets = [*([] if args.eval_only else recipe.train_sets), *recipe.test_sets]
     remarks = check_datasets(sets, recipe.num_classes, evaluated=recipe.test_sets)
     if not args.dry_run:

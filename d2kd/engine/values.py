@@ -4,6 +4,7 @@ import logging
 import os
 from typing import Sequence, Tuple
 
+from ..data.loader import images_per_process
 from ..errors import D2kdError
 from ..relations import check_config
 from .recipe import Recipe
@@ -12,6 +13,13 @@ from .recipe import Recipe
 def check_values(recipe: Recipe) -> None:
     """Raises D2kdError for a value with which no run is possible; names key, value and range."""
     check_config(recipe.values, recipe.is_lazy)
+
+
+def check_batch(recipe: Recipe, processes: int) -> None:
+    """Raises D2kdError if a batch cannot be divided by the number of processes."""
+    batch = recipe.for_workers(processes).get("SOLVER.IMS_PER_BATCH")
+    if batch:  # a LazyConfig's own loader may have none
+        images_per_process(batch, processes)
 
 
 def check_weights_file(recipe: Recipe) -> None:
