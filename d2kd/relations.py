@@ -6,9 +6,6 @@ from .errors import D2kdError
 from .keys import LAZY
 from .ranges import check_ranges, is_count, with_elements
 
-# detectron2's own default of these is None.
-MAY_BE_NONE = ("SOLVER.WEIGHT_DECAY_BIAS",)
-
 
 def check_config(values: Mapping[str, Any], is_lazy: bool = False, prefix: str = "") -> None:
     """Checks all values of a config.
@@ -22,10 +19,6 @@ def check_config(values: Mapping[str, Any], is_lazy: bool = False, prefix: str =
         D2kdError: names key, value and range.
     """
     values = dict(_leaves(values))
-    missing = [name for name, value in values.items() if value is None and name not in MAY_BE_NONE]
-    if missing and not is_lazy:  # yacs takes None for any type; in a LazyConfig it is a value like any other
-        names = ", ".join(missing)
-        raise D2kdError(f"{prefix}{names}: a value is missing; write one, or leave the key out for its default")
     check_ranges(values, is_lazy, prefix)
     check_relations(values, is_lazy, prefix)
 
