@@ -1,7 +1,7 @@
 """Whether the nodes of a LazyConfig can be called with the arguments that they have, before any of them is."""
 
 import inspect
-from typing import Any, Dict, Iterator, List, Mapping, Tuple
+from typing import Any, Dict, Iterator, Mapping, Tuple
 
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf, SCMode
@@ -15,7 +15,16 @@ SETTINGS = ("train", "train.amp", "train.checkpointer", "train.ddp", "dataloader
 OBJECTS = ("model", "optimizer", "lr_multiplier", "dataloader.train")
 MAY_BE_NULL = ("dataloader.test", "dataloader.evaluator")
 # Arguments of detectron2's that must be objects though it does not annotate them.
-PARTS = ("anchor_generator", "anchor_matcher", "bottom_up", "box2box_transform", "mapper", "params", "scheduler", "stages")
+PARTS = (
+    "anchor_generator",
+    "anchor_matcher",
+    "bottom_up",
+    "box2box_transform",
+    "mapper",
+    "params",
+    "scheduler",
+    "stages",
+)
 # Arguments that are known only when a run builds the object.
 FILLED_IN = ("optimizer.params.model",)
 
@@ -112,7 +121,7 @@ def _is_valid(value: Any, parameter: inspect.Parameter) -> bool:
     if value is None and default is None:
         return True
     if parameter.name in PARTS:
-        return is_object(value) or isinstance(value, list)
+        return is_object(value)
     return fits(value, _type_of(parameter))
 
 

@@ -42,6 +42,7 @@ def check_relations(values: Mapping[str, Any], is_lazy: bool, prefix: str = "") 
         _check_crop,
         _check_proposals,
         _check_rates,
+        _check_warmup,
     ):
         message = check(_Named(values, is_lazy))
         if message:
@@ -163,3 +164,12 @@ def _check_rates(config: _Named) -> str:
     if workers and batch % workers:
         return f"SOLVER.IMS_PER_BATCH is {batch}; it must be a multiple of SOLVER.REFERENCE_WORLD_SIZE, {workers}"
     return ""
+
+
+def _check_warmup(config: _Named) -> str:
+    rescale = ("SOLVER.RESCALE_INTERVAL", "lr_multiplier.rescale_interval")
+    length = ("SOLVER.WARMUP_ITERS", "lr_multiplier.warmup_length")  # in iterations, and as a share of the run
+    whole = 1 if config.is_lazy else config.get("SOLVER.MAX_ITER")
+    if not config.get(*rescale) or (config.get(*length) or 0) < (whole or 0):
+        return ""
+    return f"{config.key(*rescale)} leaves nothing to rescale: {config.key(*length)} is the whole run; set either lower"

@@ -5,7 +5,8 @@ from typing import Any, List
 from detectron2.layers import ShapeSpec
 from torch import nn
 
-from .errors import D2kdError, nearest
+from .contract import levels
+from .errors import D2kdError
 
 
 def check_wiring(detector: nn.Module, prefix: str = "") -> None:
@@ -25,32 +26,25 @@ def check_wiring(detector: nn.Module, prefix: str = "") -> None:
     if not all(hasattr(detector, part) for part in parts) or not hasattr(detector.head, "cls_score"):
         return
     found: Any = detector
-    shapes = found.backbone.output_shape()
-    for name in found.head_in_features:
-        if name not in shapes:
-            known = ", ".join(shapes)
-            raise D2kdError(
-                f"{prefix}model.head_in_features names {name!r}; the backbone has {known}{nearest(name, shapes)}"
-            )
-    levels = [shapes[name] for name in found.head_in_features]
-    for message in (_levels(found, levels), _channels(found, levels), _outputs(found), _extra_levels(found.backbone)):
+    read = levels(found)
+    for message in (_levels(found, read), _channels(found, read), _outputs(found), _extra_levels(found.backbone)):
         if message:
             raise D2kdError(prefix + message)
 
 
-def _levels(detector: Any, levels: List[ShapeSpec]) -> str:
-    strides, own = [level.stride for level in levels], list(detector.anchor_generator.strides)
+def _levels(detector: Any, read: List[ShapeSpec]) -> str:
+    strides, own = [level.stride for level in read], list(detector.anchor_generator.strides)
     if strides != own:
         return f"the levels of the head have strides {strides}, but model.anchor_generator.strides is {own}"
     scales = getattr(detector.head, "scales", None)
-    expected = len(scales) if scales is not None else getattr(detector.head, "_num_features", len(levels))
-    if expected != len(levels):
-        return f"the head reads {len(levels)} levels, but model.head.input_shape has {expected}"
+    expected = len(scales) if scales is not None else getattr(detector.head, "_num_features", len(read))
+    if expected != len(read):
+        return f"the head reads {len(read)} levels, but model.head.input_shape has {expected}"
     return ""
 
 
-def _channels(detector: Any, levels: List[ShapeSpec]) -> str:
-    given = {level.channels for level in levels}
+def _channels(detector: Any, read: List[ShapeSpec]) -> str:
+    given = {level.channels for level in read}
     convs = [layer for layer in detector.head.cls_subnet if isinstance(layer, nn.Conv2d)]
     wanted = {convs[0].in_channels} if convs else given
     if given != wanted:

@@ -150,15 +150,17 @@ def load_lazy(config_file: str, opts: Sequence[str], eval_only: bool) -> LazyRec
 def with_defaults(config: DictConfig) -> DictConfig:
     """A copy that has what d2kd reads beside detectron2's own keys."""
     config = copy.deepcopy(config)
-    if "train" in config:
+    if isinstance(config.get("train"), DictConfig):
         config.train = {**TRAIN_DEFAULTS, **config.train}
-        config.train.amp = {"enabled": False, "dtype": AMP_DTYPE, **config.train.get("amp", {})}
+        if isinstance(config.train.get("amp", {}), Mapping):
+            config.train.amp = {"enabled": False, "dtype": AMP_DTYPE, **config.train.get("amp", {})}
     return config
 
 
 def names_in(loader: DictConfig) -> List[str]:
     """Names of the data sets of a loader; empty where it does not name them."""
-    names = OmegaConf.select(loader, "dataset.names")
+    dataset = loader.get("dataset")
+    names = dataset.get("names") if isinstance(dataset, DictConfig) else None
     return [names] if isinstance(names, str) else list(names or [])
 
 
