@@ -14,17 +14,8 @@ from .signatures import ANY, arguments, fits, is_object, takes_any
 SETTINGS = ("train", "train.amp", "train.checkpointer", "train.ddp", "dataloader")
 OBJECTS = ("model", "optimizer", "lr_multiplier", "dataloader.train")
 MAY_BE_NULL = ("dataloader.test", "dataloader.evaluator")
-# Arguments of detectron2's that must be objects though it does not annotate them.
-PARTS = (
-    "anchor_generator",
-    "anchor_matcher",
-    "bottom_up",
-    "box2box_transform",
-    "mapper",
-    "params",
-    "scheduler",
-    "stages",
-)
+# Arguments of detectron2's that must be objects though it does not annotate them so.
+PARTS = ("anchor_generator", "anchor_matcher", "box2box_transform", "bottom_up", "dataset", "mapper", "scheduler")
 # Arguments that are known only when a run builds the object.
 FILLED_IN = ("optimizer.params.model",)
 

@@ -44,7 +44,7 @@ def defaults(maker: Callable[..., Any], base: type = object) -> Dict[str, Any]:
 
 
 def _parameters(maker: Callable[..., Any], base: type) -> Dict[str, inspect.Parameter]:
-    """Those of a class's constructor, with those of its base's in place of ``**kwargs`` and so on; bases' come first."""
+    """Those of a class's constructor, with its base's in place of ``**kwargs`` and so on; bases' come first."""
     classes = inspect.getmro(maker) if inspect.isclass(maker) else ()
     makers = [vars(cls)["__init__"] for cls in classes if "__init__" in vars(cls) and issubclass(cls, base)]
     levels: List[Dict[str, inspect.Parameter]] = []
