@@ -146,15 +146,19 @@ def check_contract(detector: nn.Module, with_head: bool = True, with_losses: boo
         )
 
 
-def levels(detector: Pyramid) -> List[ShapeSpec]:
+def levels(detector: Pyramid, prefix: str = "") -> List[ShapeSpec]:
     """Shapes of the levels that the head reads, high to low resolution.
+
+    Args:
+        detector: student or teacher.
+        prefix: what to say before the message, such as whose it is.
 
     Raises:
         D2kdError: the backbone does not have one of them.
     """
     shapes = detector.backbone.output_shape()
     for name in detector.head_in_features:
-        check_choice("a level that the head reads (head_in_features)", name, shapes)
+        check_choice(f"{prefix}a level that the head reads (head_in_features)", name, shapes)
     return [shapes[name] for name in detector.head_in_features]
 
 

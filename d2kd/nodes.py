@@ -1,6 +1,7 @@
 """Whether the nodes of a LazyConfig can be called with the arguments that they have, before any of them is."""
 
 import inspect
+import re
 from typing import Any, Dict, Iterator, Mapping, Tuple
 
 from detectron2.utils.registry import locate
@@ -15,7 +16,8 @@ SETTINGS = ("train", "train.amp", "train.checkpointer", "train.ddp", "dataloader
 OBJECTS = ("model", "optimizer", "lr_multiplier", "dataloader.train")
 MAY_BE_NULL = ("dataloader.test", "dataloader.evaluator")
 # Arguments of detectron2's that must be objects though it does not annotate them so.
-PARTS = ("anchor_generator", "anchor_matcher", "box2box_transform", "bottom_up", "dataset", "mapper", "scheduler")
+PARTS = ("anchor_generator", "anchor_matcher", "box2box_transform", "bottom_up")
+PARTS += ("dataset", "mapper", "params", "scheduler")
 # Arguments that are known only when a run builds the object.
 FILLED_IN = ("optimizer.params.model",)
 
@@ -33,7 +35,7 @@ def resolved(config: DictConfig, mode: SCMode = SCMode.DICT) -> Dict[str, Any]:
     try:
         return OmegaConf.to_container(config, resolve=True, throw_on_missing=True, structured_config_mode=mode)
     except OmegaConfBaseException as error:
-        reason = str(error).split("\n", maxsplit=1)[0]
+        reason = re.sub(r"^\w+ (raised )?while resolving interpolation: ", "", str(error).split("\n", maxsplit=1)[0])
         raise D2kdError(f"{error.full_key} of the config cannot be resolved: {reason}") from error
 
 

@@ -195,7 +195,7 @@ def test_known_mistakes_are_what_the_libraries_raise(provoke, message):
 def test_every_known_mistake_is_provoked():
     raised = []
     for provoke, _ in PROVOKED:
-        with pytest.raises(BaseException) as caught, restored_catalogs():  # noqa: PT011
+        with pytest.raises(BaseException) as caught, restored_catalogs():
             provoke()
         raised.append(caught.value)
     for row in KNOWN_MISTAKES:
