@@ -115,7 +115,8 @@ def _is_valid(value: Any, parameter: inspect.Parameter) -> bool:
         return True
     if parameter.name in PARTS:
         return is_object(value)
-    return fits(value, _type_of(parameter))
+    wanted = _type_of(parameter)
+    return fits(value, wanted) and (wanted is not ANY or is_object(value) or not isinstance(value, Mapping))
 
 
 def _type_of(parameter: inspect.Parameter) -> Any:
@@ -128,4 +129,6 @@ def _type_of(parameter: inspect.Parameter) -> Any:
 def _words(parameter: inspect.Parameter) -> str:
     if parameter.name in PARTS:
         return "an object"
+    if _type_of(parameter) is ANY:
+        return "a plain value or an object"
     return inspect.formatannotation(_type_of(parameter)).replace("typing.", "")

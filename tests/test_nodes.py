@@ -39,6 +39,11 @@ def test_configs_pass(file):
         ("model.head.conv_dims", [32, 1.5], "model.head.conv_dims is [32, 1.5]; RetinaNetHead takes List[int] there"),
         ("model.head._target_", "nowhere.Head", "model.head._target_ is 'nowhere.Head', which is no class"),
         ("model.head._target_", 3, "model.head._target_ is 3, which is no class"),
+        (
+            "dataloader.train.dataset.names",
+            {},
+            "names is {}; get_detection_dataset_dicts takes a plain value or an object",
+        ),
         ("optimizer.nesterov", 1, "optimizer.nesterov is 1; SGD takes bool there"),
         ("model.focal_loss_alpha", "x", "model.focal_loss_alpha is 'x'; "),
         ("model.input_format", "${nothing}", "model.input_format of the config cannot be resolved"),
