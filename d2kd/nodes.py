@@ -16,8 +16,10 @@ SETTINGS = ("train", "train.amp", "train.checkpointer", "train.ddp", "dataloader
 OBJECTS = ("model", "optimizer", "lr_multiplier", "dataloader.train")
 MAY_BE_NULL = ("dataloader.test", "dataloader.evaluator")
 # Arguments of detectron2's that must be objects though it does not annotate them so.
-PARTS = ("anchor_generator", "anchor_matcher", "box2box_transform", "bottom_up")
-PARTS += ("collate_fn", "dataset", "mapper", "params", "sampler", "scheduler", "stem", "top_block")
+PARTS = (
+    *("anchor_generator", "anchor_matcher", "box2box_transform", "bottom_up", "collate_fn", "dataset", "mapper"),
+    *("params", "sampler", "scheduler", "stem", "top_block"),
+)
 # Arguments that are known only when a run builds the object.
 FILLED_IN = ("optimizer.params.model",)
 
