@@ -3,13 +3,16 @@
 import logging
 import os
 import re
+from contextlib import contextmanager
+from functools import reduce
 from pathlib import Path
 from typing import Any, Iterator, Optional, Sequence, Tuple
 
 import yaml
 from detectron2 import model_zoo
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode, LazyConfig, get_cfg
 from detectron2.modeling import META_ARCH_REGISTRY
+from omegaconf import DictConfig
 
 from .contract import check_distills
 from .errors import D2kdError, nearest
@@ -20,6 +23,8 @@ from .modeling import add_detector_config
 ALLOW_UNSAFE_YAML = "D2KD_ALLOW_UNSAFE_YAML"
 PREFLIGHT_IMAGES = 16
 AMP_DTYPE = "float16"
+# detectron2's own default of these is None.
+MAY_BE_NONE = ("SOLVER.WEIGHT_DECAY_BIAS",)
 # d2kd's own configs; there only where it runs from its repository.
 OWN_CONFIGS = Path(__file__).absolute().parents[1] / "configs"
 
@@ -148,19 +153,19 @@ def load_config(config_file: str, opts: Sequence[str] = (), with_teacher: bool =
     path = find_config(config_file)
     cfg = get_cfg()
     add_distill_config(cfg)
-    try:
+    with _merging(config_file, cfg):
         cfg.merge_from_file(path, allow_unsafe=_may_run_code(path))
-    except (KeyError, ValueError, AssertionError, AttributeError, OSError, yaml.YAMLError) as error:
-        raise D2kdError(f"{config_file}: {_explain(error, cfg)}") from error
     options = [opt for opt in map(str, opts) if opt.startswith("--")]
     if options:
         raise D2kdError(f"{' '.join(options)} must come before the overrides KEY VALUE of the config")
     if len(opts) % 2:
         raise D2kdError(f"overrides come in pairs KEY VALUE, but there are {len(opts)}: {' '.join(map(str, opts))}")
-    try:
+    with _merging("override", cfg):
         cfg.merge_from_list(list(opts))
-    except (KeyError, ValueError, AssertionError, AttributeError) as error:
-        raise D2kdError(f"override: {_explain(error, cfg)}") from error
+    empty = [key for key in _keys(cfg) if key not in MAY_BE_NONE and _value(cfg, key) is None]
+    if empty:  # yacs takes None for any type
+        names = ", ".join(empty)
+        raise D2kdError(f"{names}: a value is missing; write one, or leave the key out for its default")
     check_method_names(cfg.MODEL.DISTILL.METHODS)
     if not with_teacher:
         drop_teacher(cfg)
@@ -171,6 +176,27 @@ def load_config(config_file: str, opts: Sequence[str] = (), with_teacher: bool =
     if teacher.CONFIG_FILE:
         teacher.CONFIG_FILE = find_config(teacher.CONFIG_FILE, relative_to=path)
     return cfg
+
+
+def read_lazy(path: str) -> DictConfig:
+    """Runs the file of a LazyConfig.
+
+    Raises:
+        D2kdError: the file's own code raises an exception.
+    """
+    try:
+        return LazyConfig.load(path)
+    except SyntaxError as error:  # detectron2's own, which names the file, from Python's
+        cause = error.__cause__ if isinstance(error.__cause__, SyntaxError) else error
+        raise D2kdError(f"{error.msg.rstrip('!')}: line {cause.lineno}, {cause.msg}") from error
+    except Exception as error:
+        trace = error.__traceback__
+        while trace is not None and trace.tb_next is not None:
+            trace = trace.tb_next
+        where = trace.tb_frame.f_code.co_filename if trace is not None else ""
+        if trace is None or Path(path).parent not in Path(where).parents:
+            raise
+        raise D2kdError(f"{where}, line {trace.tb_lineno}: {type(error).__name__}: {error}") from error
 
 
 def rates_and_batches(config_file: str, opts: Sequence[str] = ()) -> Iterator[Tuple[float, int]]:
@@ -197,6 +223,20 @@ def detector_node(cfg: CfgNode) -> Optional[str]:
     return name if "NUM_CLASSES" in cfg.MODEL.get(name, {}) else None
 
 
+@contextmanager
+def _merging(what: str, cfg: CfgNode) -> Iterator[None]:
+    """Turns what yacs and detectron2 raise for a file or overrides that they cannot merge into a D2kdError."""
+    try:
+        yield
+    except (KeyError, ValueError, AssertionError, OSError, yaml.YAMLError) as error:
+        raise D2kdError(f"{what}: {_explain(error, cfg)}") from error
+    except (AttributeError, TypeError, RecursionError) as error:  # they take the outline for granted
+        raise D2kdError(
+            f"{what}: a config has nodes such as MODEL with keys in them, a number as VERSION, and as _BASE_ the name "
+            "of another config that does not build on it; check the outline"
+        ) from error
+
+
 def _explain(error: Exception, cfg: CfgNode) -> str:
     """Turns an error of merging into one sentence, with the nearest key if one is unknown."""
     text = " ".join(str(error.args[0] if isinstance(error, KeyError) else error).split())
@@ -206,10 +246,18 @@ def _explain(error: Exception, cfg: CfgNode) -> str:
         return f"there is no config key {key}{nearest(key, _keys(cfg))}"
     mismatch = re.match(r"Type mismatch \(.*\) with values \((.*) vs\. (.*)\) for config key: (\S+)", text)
     if mismatch:
-        return "{2} is {1}; it must be of the type of its default, {0}".format(*mismatch.groups())
+        default, value, key = mismatch.groups()
+        if isinstance(_value(cfg, key), CfgNode):
+            return f"{key} is {value}; it must be a node with keys in it"
+        return f"{key} is {value}; it must be of the type of its default, {default}"
     if "could not determine a constructor" in text:
         return f"{text}; write the value itself, or set {ALLOW_UNSAFE_YAML}=1 to let configs that you trust run code"
     return text
+
+
+def _value(cfg: CfgNode, key: str) -> Any:
+    """Value of a dotted key."""
+    return reduce(lambda node, name: node[name], key.split("."), cfg)
 
 
 def _keys(cfg: CfgNode, prefix: str = "") -> Iterator[str]:

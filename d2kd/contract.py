@@ -7,10 +7,11 @@ that compare predictions or tower features need a :class:`Dense` detector on top
 
 from typing import Any, Dict, Iterator, List, Protocol, Sequence, Tuple
 
+from detectron2.layers import ShapeSpec
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
 
-from .errors import D2kdError
+from .errors import D2kdError, check_choice
 
 Features = List[Tensor]  # one (N, C, Hi, Wi) per level, high to low resolution
 
@@ -145,16 +146,30 @@ def check_contract(detector: nn.Module, with_head: bool = True, with_losses: boo
         )
 
 
+def levels(detector: Pyramid, prefix: str = "") -> List[ShapeSpec]:
+    """Shapes of the levels that the head reads, high to low resolution.
+
+    Args:
+        detector: student or teacher.
+        prefix: what to say before the message, such as whose it is.
+
+    Raises:
+        D2kdError: the backbone does not have one of them.
+    """
+    shapes = detector.backbone.output_shape()
+    for name in detector.head_in_features:
+        check_choice(f"{prefix}a level that the head reads (head_in_features)", name, shapes)
+    return [shapes[name] for name in detector.head_in_features]
+
+
 def level_strides(detector: Pyramid) -> List[int]:
     """Strides in pixels of the levels that the head reads, high to low resolution."""
-    shapes = detector.backbone.output_shape()
-    return [shapes[name].stride for name in detector.head_in_features]
+    return [level.stride for level in levels(detector)]
 
 
 def level_channels(detector: Pyramid) -> List[int]:
     """Channels of the levels that the head reads, high to low resolution."""
-    shapes = detector.backbone.output_shape()
-    return [shapes[name].channels for name in detector.head_in_features]
+    return [level.channels for level in levels(detector)]
 
 
 def channel_order(detector: object) -> str:

@@ -126,6 +126,30 @@ KNOWN_MISTAKES = [
         lambda found: f"lr_multiplier.scheduler.milestones must have as many entries as its values, {found[1]}",
     ),
     KnownMistake(
+        AssertionError,
+        r"No valid data found in (.*)\.",
+        lambda found: (
+            f"no image of {found[1]} is left to train on: annotate some, or filter less (MODEL.KEYPOINT_ON, "
+            "DATALOADER.FILTER_EMPTY_ANNOTATIONS; LazyConfig: min_keypoints, filter_empty of the dataset)"
+        ),
+    ),
+    KnownMistake(
+        ValueError,
+        r"At least one stride in the given numpy array is negative|height and width must be > 0",
+        lambda _: (
+            f"an image has a side of a pixel or less after resizing; use larger ones ({key('INPUT.MIN_SIZE_TRAIN')}, "
+            "INPUT.MAX_SIZE_TRAIN; LazyConfig: short_edge_length, max_size)"
+        ),
+    ),
+    KnownMistake(
+        AssertionError,
+        r"(MODEL\.RESNETS\.\S+(?: = \d+)?) (unsupported )?for R18/R34",
+        lambda found: (
+            f"ResNets of MODEL.RESNETS.DEPTH 18 and 34 need {found[1]}{' False' if found[2] else ''}; set it, or take "
+            "the MODEL.BACKBONE.NAME build_extra_fpn_backbone, which has any width"
+        ),
+    ),
+    KnownMistake(
         ValueError,
         r"(Cannot do both horiz and vert|At least one of horiz or vert has to be True)",
         lambda _: "an augmentation RandomFlip must flip in one direction: set either horizontal or vertical to True",

@@ -46,6 +46,7 @@ from .pairing import (
     probe_channels,
 )
 from .teacher import Teacher, load_teacher
+from .wiring import check_wiring
 from .workers import at_least_one, mean_over_workers
 
 
@@ -193,6 +194,7 @@ class DistillMetaArch(_Student):
         reads_head, resizes = _reads_head(self.methods), _resizes(self.methods)
         check_contract(self, reads_head)
         check_contract(self.teacher.network, reads_head, with_losses=False)
+        check_wiring(self)
         check_levels(self, teacher, resizes)
         if class_map:
             self.shared_classes = match_classes(

@@ -98,6 +98,8 @@ RANGES: Dict[str, Tuple[Test, str]] = {
     # backbone
     "MODEL.RESNETS.BLOCKS": (_list_of(is_count, 4, empty=True), "empty, or the number of blocks of res2 to res5"),
     "model.backbone.bottom_up.blocks": (_list_of(is_count), "numbers of blocks, 1 or more"),
+    "MODEL.RESNETS.DEPTH": (lambda depth: depth in (18, 34, 50, 101, 152), "18, 34, 50, 101 or 152"),
+    "MODEL.RESNETS.RES5_DILATION": (lambda dilation: dilation in (1, 2), "1 or 2"),
     "MODEL.RESNETS.STEM_OUT_CHANNELS model.backbone.bottom_up.width": (is_count, "a number of channels, 1 or more"),
     "MODEL.RESNETS.*_OUT_CHANNELS MODEL.RESNETS.*GROUP*": (is_count, "1 or more"),
     "MODEL.RESNETS.OUT_FEATURES model.head_in_features": (_list_of(_text), "one name or more"),
@@ -121,6 +123,7 @@ RANGES: Dict[str, Tuple[Test, str]] = {
     "MODEL.ATSS.NUM_CONVS MODEL.FCOS.NUM_CONVS": (is_count, "1 or more"),
     "model.head.conv_dims": (_list_of(is_count), "numbers of channels, 1 or more of each convolution"),
     "model.head.input_shape": (_list_of(_any), "the shapes of one level or more"),
+    "model.head.input_shape.*.channels": (is_count, "1 or more"),
     "model.head.num_anchors": (is_count, "1 or more"),
     "MODEL.*.PRIOR_PROB model.head.prior_prob": (_probability, "a probability between 0 and 1"),
     "MODEL.GFL.REG_MAX model.head.reg_max": (is_count, "1 or more"),

@@ -6,9 +6,6 @@ from .errors import D2kdError
 from .keys import LAZY
 from .ranges import check_ranges, is_count, with_elements
 
-# detectron2's own default of these is None.
-MAY_BE_NONE = ("SOLVER.WEIGHT_DECAY_BIAS",)
-
 
 def check_config(values: Mapping[str, Any], is_lazy: bool = False, prefix: str = "") -> None:
     """Checks all values of a config.
@@ -22,10 +19,6 @@ def check_config(values: Mapping[str, Any], is_lazy: bool = False, prefix: str =
         D2kdError: names key, value and range.
     """
     values = dict(_leaves(values))
-    missing = [name for name, value in values.items() if value is None and name not in MAY_BE_NONE]
-    if missing and not is_lazy:  # yacs takes None for any type; in a LazyConfig it is a value like any other
-        names = ", ".join(missing)
-        raise D2kdError(f"{prefix}{names}: a value is missing; write one, or leave the key out for its default")
     check_ranges(values, is_lazy, prefix)
     check_relations(values, is_lazy, prefix)
 
@@ -49,6 +42,7 @@ def check_relations(values: Mapping[str, Any], is_lazy: bool, prefix: str = "") 
         _check_crop,
         _check_proposals,
         _check_rates,
+        _check_warmup,
     ):
         message = check(_Named(values, is_lazy))
         if message:
@@ -170,3 +164,12 @@ def _check_rates(config: _Named) -> str:
     if workers and batch % workers:
         return f"SOLVER.IMS_PER_BATCH is {batch}; it must be a multiple of SOLVER.REFERENCE_WORLD_SIZE, {workers}"
     return ""
+
+
+def _check_warmup(config: _Named) -> str:
+    rescale = ("SOLVER.RESCALE_INTERVAL", "lr_multiplier.rescale_interval")
+    length = ("SOLVER.WARMUP_ITERS", "lr_multiplier.warmup_length")  # in iterations, and as a share of the run
+    whole = 1 if config.is_lazy else config.get("SOLVER.MAX_ITER")
+    if not config.get(*rescale) or (config.get(*length) or 0) < (whole or 0):
+        return ""
+    return f"{config.key(*rescale)} leaves nothing to rescale: {config.key(*length)} is the whole run; set either lower"

@@ -5,23 +5,26 @@ import os
 from typing import Any, Dict, List, Optional, Sequence, Tuple, cast
 
 import torch
-from detectron2.config import LazyConfig, instantiate
+from detectron2.config import instantiate
 from detectron2.modeling import build_model
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from torch import nn
 
 from .checkpoint import load_strict
-from .config import drop_teacher, find_config, load_config
+from .config import drop_teacher, find_config, load_config, read_lazy
 from .contract import Dense, channel_order
 from .dense import DenseOutputs, preprocess, run_dense
 from .errors import D2kdError
 from .heads import Cut
 from .keys import key
+from .nodes import check_nodes, resolved
 from .overrides import apply_override
 from .pairing import class_names
 from .relations import check_config
 from .wiring import check_wiring
 
+# Begins messages about the teacher's config.
+THEIRS = "the teacher's config: "
 _LOG = logging.getLogger(__name__)
 
 
@@ -150,14 +153,18 @@ def load_teacher(
 def _build(path: str, opts: Sequence[str], device: str) -> Tuple[nn.Module, str, List[str]]:
     """Builds the detector of a config, without a teacher of its own; returns it, its channel order and class names."""
     if path.endswith(".py"):
-        lazy = LazyConfig.load(path)
+        lazy = read_lazy(path)
+        if "model" not in lazy:
+            raise D2kdError(f"{path} defines no model; a teacher's LazyConfig must")
         for override in opts:
             lazy = apply_override(lazy, override)
         drop_teacher(lazy)
+        check_nodes(lazy, prefix=THEIRS)
+        check_config(resolved(lazy), is_lazy=True, prefix=THEIRS)
         detector = instantiate(lazy.model).to(device)
-        check_wiring(detector, "the teacher's config: ")
+        check_wiring(detector, THEIRS)
         return detector, channel_order(detector), []
     cfg = load_config(path, opts, with_teacher=False)
     cfg.MODEL.DEVICE = device
-    check_config(cfg, prefix="the teacher's config: ")
+    check_config(cfg, prefix=THEIRS)
     return build_model(cfg), cfg.INPUT.FORMAT, class_names(cfg)

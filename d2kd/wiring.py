@@ -5,7 +5,8 @@ from typing import Any, List
 from detectron2.layers import ShapeSpec
 from torch import nn
 
-from .errors import D2kdError, nearest
+from .contract import levels
+from .errors import D2kdError
 
 
 def check_wiring(detector: nn.Module, prefix: str = "") -> None:
@@ -25,32 +26,25 @@ def check_wiring(detector: nn.Module, prefix: str = "") -> None:
     if not all(hasattr(detector, part) for part in parts) or not hasattr(detector.head, "cls_score"):
         return
     found: Any = detector
-    shapes = found.backbone.output_shape()
-    for name in found.head_in_features:
-        if name not in shapes:
-            known = ", ".join(shapes)
-            raise D2kdError(
-                f"{prefix}model.head_in_features names {name!r}; the backbone has {known}{nearest(name, shapes)}"
-            )
-    levels = [shapes[name] for name in found.head_in_features]
-    for message in (_levels(found, levels), _channels(found, levels), _outputs(found), _extra_levels(found.backbone)):
+    read = levels(found, prefix)
+    for message in (_levels(found, read), _channels(found, read), _outputs(found), _extra_levels(found.backbone)):
         if message:
             raise D2kdError(prefix + message)
 
 
-def _levels(detector: Any, levels: List[ShapeSpec]) -> str:
-    strides, own = [level.stride for level in levels], list(detector.anchor_generator.strides)
+def _levels(detector: Any, read: List[ShapeSpec]) -> str:
+    strides, own = [level.stride for level in read], list(detector.anchor_generator.strides)
     if strides != own:
         return f"the levels of the head have strides {strides}, but model.anchor_generator.strides is {own}"
     scales = getattr(detector.head, "scales", None)
-    expected = len(scales) if scales is not None else getattr(detector.head, "_num_features", len(levels))
-    if expected != len(levels):
-        return f"the head reads {len(levels)} levels, but model.head.input_shape has {expected}"
+    expected = len(scales) if scales is not None else getattr(detector.head, "_num_features", len(read))
+    if expected != len(read):
+        return f"the head reads {len(read)} levels, but model.head.input_shape has {expected}"
     return ""
 
 
-def _channels(detector: Any, levels: List[ShapeSpec]) -> str:
-    given = {level.channels for level in levels}
+def _channels(detector: Any, read: List[ShapeSpec]) -> str:
+    given = {level.channels for level in read}
     convs = [layer for layer in detector.head.cls_subnet if isinstance(layer, nn.Conv2d)]
     wanted = {convs[0].in_channels} if convs else given
     if given != wanted:
@@ -74,18 +68,25 @@ def _outputs(detector: Any) -> str:
 
 
 def _extra_levels(backbone: Any) -> str:
-    """Whether the levels on top of an FPN take as many channels as they get."""
+    """Whether the levels on top of an FPN take as many channels as they get, and give as many as the others."""
     top: Any = getattr(backbone, "top_block", None)
     bottom_up: Any = getattr(backbone, "bottom_up", None)
-    first = next((x for x in top.modules() if isinstance(x, nn.Conv2d)), None) if top is not None else None
-    if first is None or bottom_up is None:
+    convs = [x for x in top.modules() if isinstance(x, nn.Conv2d)] if top is not None else []
+    if not convs or bottom_up is None:
         return ""
-    shapes = {**backbone.output_shape(), **bottom_up.output_shape()}
+    own = backbone.output_shape()
+    shapes = {**own, **bottom_up.output_shape()}
     if top.in_feature not in shapes:
         return f"model.backbone.top_block.in_feature is {top.in_feature!r}; the backbone has {', '.join(shapes)}"
-    given = shapes[top.in_feature].channels
-    if first.in_channels != given:
-        return f"model.backbone.top_block.in_channels is {first.in_channels}, but {top.in_feature} has {given} channels"
+    given, wanted = shapes[top.in_feature].channels, next(iter(own.values())).channels
+    if convs[0].in_channels != given:
+        in_channels = convs[0].in_channels
+        return f"model.backbone.top_block.in_channels is {in_channels}, but {top.in_feature} has {given} channels"
+    if convs[-1].out_channels != wanted:
+        out_channels = convs[-1].out_channels
+        return (
+            f"model.backbone.top_block.out_channels is {out_channels}, but the backbone's levels have {wanted} channels"
+        )
     return ""
 
 

@@ -1,6 +1,7 @@
 """What a run is made of, whichever config style describes it."""
 
 import dataclasses
+import inspect
 import json
 import os
 import re
@@ -18,7 +19,9 @@ from omegaconf import DictConfig
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from ..errors import D2kdError
 from ..keys import LAZY
+from ..signatures import fits
 
 Config = Union[CfgNode, DictConfig]
 
@@ -89,9 +92,20 @@ class Recipe(ABC):
 
     @cached_property
     def options(self) -> RunOptions:
-        """How the run trains, evaluates and saves."""
-        fields = dataclasses.fields(RunOptions)
-        return RunOptions(**{x.name: self.get(x.metadata["key"], x.default) for x in fields})
+        """How the run trains, evaluates and saves.
+
+        Raises:
+            D2kdError: an option is missing, or not of its type.
+        """
+        found = {}
+        for x in dataclasses.fields(RunOptions):
+            found[x.name] = value = self.get(x.metadata["key"], x.default)
+            if value is dataclasses.MISSING:
+                raise D2kdError(f"the config has no {self.key(x.metadata['key'])}; set it")
+            if not fits(value, x.type):
+                kind = inspect.formatannotation(x.type).replace("typing.", "")
+                raise D2kdError(f"{self.key(x.metadata['key'])} is {value!r}; it must be of the type {kind}")
+        return RunOptions(**found)
 
     def get(self, name: str, default: Any = None) -> Any:
         """Value of a setting.

@@ -6,6 +6,7 @@ from typing import Sequence, Tuple
 
 from ..data.loader import images_per_process
 from ..errors import D2kdError
+from ..ranges import is_count, is_number
 from ..relations import check_config
 from .recipe import Recipe
 
@@ -36,13 +37,14 @@ def warn_of_learning_rate(settings: Sequence[Tuple[float, int]], key: str) -> No
         settings: learning rate and images per batch, from the first config to the last override.
         key: of the learning rate.
     """
+    settings = [(rate, batch) for rate, batch in settings if is_number(rate) and is_count(batch)]  # files may be wrong
     if not settings:
         return
     chosen_for = settings[0][1]
     for (before, _), (rate, batch) in zip(settings, settings[1:]):
         chosen_for = chosen_for if rate == before else batch
     rate, batch = settings[-1]
-    if batch != chosen_for and rate:
+    if batch != chosen_for:
         logging.getLogger(__name__).warning(
             "%s %g was set for batches of %d images; with %d the linear rule (arXiv 1706.02677) gives %g",
             *(key, rate, chosen_for, batch, rate * batch / chosen_for),

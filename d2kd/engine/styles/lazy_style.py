@@ -12,17 +12,17 @@ from detectron2.data import build_detection_train_loader
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.solver import LRMultiplier
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import InterpolationResolutionError
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from ...config import AMP_DTYPE, PREFLIGHT_IMAGES, drop_teacher, find_config
+from ...config import AMP_DTYPE, PREFLIGHT_IMAGES, drop_teacher, find_config, read_lazy
 from ...data.bad_images import EvaluationMapper
 from ...data.evaluators import build_evaluator
 from ...data.loader import build_train_loader
 from ...data.randomness import seeded
 from ...errors import D2kdError
-from ...overrides import apply_override, located
+from ...nodes import check_nodes, located, resolved
+from ...overrides import apply_override
 from ...signatures import arguments
 from ...wiring import check_wiring
 from ..devices import usable_device
@@ -56,11 +56,7 @@ class LazyRecipe(Recipe):
         self._config_file = config_file
 
     def _nested(self) -> Mapping:
-        try:
-            return OmegaConf.to_container(self.config, resolve=True)
-        except InterpolationResolutionError as error:
-            reason = str(error).split("\n", maxsplit=1)[0]
-            raise D2kdError(f"{error.full_key} of the config cannot be resolved: {reason}") from error
+        return resolved(self.config)
 
     def changed(self, name: str, value: Any) -> "LazyRecipe":
         config = copy.deepcopy(self.config)
@@ -105,7 +101,7 @@ class LazyRecipe(Recipe):
     def build_train_loader(self) -> Iterable[Any]:
         """Makes the config's loader: d2kd's resumable one in place of detectron2's own."""
         node = copy.deepcopy(self.config).dataloader.train
-        if located(node) is build_detection_train_loader:
+        if located(node._target_) is build_detection_train_loader:
             node._target_, node.seed = build_train_loader, self.config.train.seed
             node.skip_bad_images = self.config.train.skip_bad_images
         with seeded(self.options.seed):  # samplers draw their own seeds
@@ -122,7 +118,7 @@ class LazyRecipe(Recipe):
         node = self._evaluating(name).get("evaluator")
         if node is None:
             return build_evaluator(name, self.evaluation_folder(name))
-        if node.get("output_dir") is None and "output_dir" in arguments(located(node)):
+        if node.get("output_dir") is None and "output_dir" in arguments(located(node._target_)):
             node.output_dir = self.evaluation_folder(name)
         return instantiate(node)
 
@@ -143,45 +139,28 @@ def load_lazy(config_file: str, opts: Sequence[str], eval_only: bool) -> LazyRec
     missing = [part for part in PARTS if part not in config]
     if missing:
         raise D2kdError(f"{config_file} defines no {', '.join(missing)}; see configs/lazy/retinanet_R50.py")
-    config.train.device = usable_device(config.train.device)
+    check_nodes(config)
+    recipe = LazyRecipe(config, path)
+    config.train.device = usable_device(recipe.options.device)
     if eval_only:
         drop_teacher(config)
     return LazyRecipe(config, path)
 
 
-def read_lazy(path: str) -> DictConfig:
-    """Runs the file of a LazyConfig.
-
-    Raises:
-        D2kdError: the file's own code raises an exception.
-    """
-    try:
-        return LazyConfig.load(path)
-    except SyntaxError as error:  # detectron2's own, which names the file, from Python's
-        cause = error.__cause__ if isinstance(error.__cause__, SyntaxError) else error
-        raise D2kdError(f"{error.msg.rstrip('!')}: line {cause.lineno}, {cause.msg}") from error
-    except Exception as error:
-        trace = error.__traceback__
-        while trace is not None and trace.tb_next is not None:
-            trace = trace.tb_next
-        where = trace.tb_frame.f_code.co_filename if trace is not None else ""
-        if trace is None or Path(path).parent not in Path(where).parents:
-            raise
-        raise D2kdError(f"{where}, line {trace.tb_lineno}: {type(error).__name__}: {error}") from error
-
-
 def with_defaults(config: DictConfig) -> DictConfig:
     """A copy that has what d2kd reads beside detectron2's own keys."""
     config = copy.deepcopy(config)
-    if "train" in config:
+    if isinstance(config.get("train"), DictConfig):
         config.train = {**TRAIN_DEFAULTS, **config.train}
-        config.train.amp = {"enabled": False, "dtype": AMP_DTYPE, **config.train.get("amp", {})}
+        if isinstance(config.train.get("amp", {}), Mapping):
+            config.train.amp = {"enabled": False, "dtype": AMP_DTYPE, **config.train.get("amp", {})}
     return config
 
 
 def names_in(loader: DictConfig) -> List[str]:
     """Names of the data sets of a loader; empty where it does not name them."""
-    names = OmegaConf.select(loader, "dataset.names")
+    dataset = loader.get("dataset")
+    names = dataset.get("names") if isinstance(dataset, DictConfig) else None
     return [names] if isinstance(names, str) else list(names or [])
 
 
