@@ -185,7 +185,7 @@ PROVOCATIONS = {
     "… must come before": lambda at: at.run("--num-gpus", "2"),
     "config … is no file": lambda at: at.run(config="gone.yaml"),
     "bug: …": lambda at: in_an_iteration(at, TypeError("of code with a bug"), status=1),
-    "override …: … must be": lambda at: at.main("--config-file", LAZY, "train.max_iter=many"),
+    "… is …; … takes … there": lambda at: at.main("--config-file", LAZY, "model.methods.0.cut=x"),
     "… is …, which nothing": lambda at: at.run("MODEL.META_ARCHITECTURE", "RetinaNets"),
     "a NORM is GN": lambda at: at.run("MODEL.RESNETS.NORM", "GN"),
     "… has … labels": lambda at: at.run("MODEL.RETINANET.IOU_LABELS", "[0, 1]"),
