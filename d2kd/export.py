@@ -9,12 +9,13 @@ import importlib.util
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any, Callable, Iterator, List, Mapping, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
-from detectron2.config import CfgNode, LazyConfig, instantiate
+from detectron2.config import CfgNode, instantiate
 from detectron2.modeling import build_model
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from omegaconf import OmegaConf
@@ -22,8 +23,9 @@ from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
 from .checkpoint import load_strict
-from .config import drop_teacher, find_config, load_config
+from .config import drop_teacher, find_config, load_config, read_lazy
 from .errors import D2kdError
+from .overrides import apply_override
 
 Detections = Tuple[Tensor, Tensor, Tensor]
 #: Runs an exported file, or the detector itself: see :class:`Exportable`.
@@ -102,7 +104,7 @@ def _load(config_file: str, opts: Sequence[str]) -> Any:
     path = find_config(config_file)
     if not path.endswith(".py"):
         return load_config(path, opts, with_teacher=False)
-    cfg = LazyConfig.apply_overrides(LazyConfig.load(path), list(opts))
+    cfg = reduce(apply_override, opts, read_lazy(path))
     drop_teacher(cfg)
     return cfg
 
