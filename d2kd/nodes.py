@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf, SCMode
 from omegaconf.errors import OmegaConfBaseException
 
 from .errors import D2kdError, nearest
+from .ranges import NORMS
 from .signatures import ANY, arguments, fits, is_object, takes_any
 
 # Nodes that hold settings, those that must be objects, and those of them that may be switched off.
@@ -117,6 +118,8 @@ def _is_valid(value: Any, parameter: inspect.Parameter) -> bool:
         return True
     if parameter.name in PARTS:
         return is_object(value)
+    if parameter.name == "norm" and isinstance(value, str):
+        return value in NORMS
     wanted = _type_of(parameter)
     return fits(value, wanted) and (wanted is not ANY or is_object(value) or not isinstance(value, Mapping))
 
@@ -131,6 +134,8 @@ def _type_of(parameter: inspect.Parameter) -> Any:
 def _words(parameter: inspect.Parameter) -> str:
     if parameter.name in PARTS:
         return "an object"
+    if parameter.name == "norm":
+        return f"a function or one of {', '.join(map(repr, NORMS))}"
     if _type_of(parameter) is ANY:
         return "a plain value or an object"
     return inspect.formatannotation(_type_of(parameter)).replace("typing.", "")

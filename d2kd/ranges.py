@@ -106,10 +106,6 @@ RANGES: Dict[str, Tuple[Test, str]] = {
     "MODEL.RETINANET.IN_FEATURES MODEL.GFL.IN_FEATURES": (_list_of(_text), "one name or more"),
     "MODEL.ATSS.IN_FEATURES MODEL.FCOS.IN_FEATURES": (_list_of(_text), "one name or more"),
     "MODEL.FPN.IN_FEATURES": (_list_of(_text, empty=True), "names of stages"),
-    "model.backbone.norm model.head.norm model.backbone.bottom_up.norm": (
-        lambda norm: norm in NORMS or "." in norm,  # the latter is a function's full name
-        f"one of {', '.join(map(repr, NORMS))}",
-    ),
     "model.teacher.input_format": (lambda value: value in ("BGR", "RGB", None), "BGR or RGB"),
     "model.teacher.device": (lambda value: value.split(":")[0] in ("cpu", "cuda"), "cpu or cuda"),
     "model.backbone.in_features model.backbone.bottom_up.out_features": (_list_of(_text), "one name or more"),

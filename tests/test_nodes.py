@@ -45,6 +45,8 @@ def test_configs_pass(file):
             "names is {}; get_detection_dataset_dicts takes a plain value or an object",
         ),
         ("optimizer.nesterov", 1, "optimizer.nesterov is 1; SGD takes bool there"),
+        ("model.head.norm", "GM", "model.head.norm is 'GM'; RetinaNetHead takes a function or one of '', 'BN'"),
+        ("model.head.norm", "torch.nn.BatchNorm2d", "model.head.norm is 'torch.nn.BatchNorm2d'; RetinaNetHead takes"),
         ("model.focal_loss_alpha", "x", "model.focal_loss_alpha is 'x'; "),
         ("model.input_format", "${nothing}", "model.input_format of the config cannot be resolved"),
         ("model.input_format", "???", "model.input_format of the config cannot be resolved"),
