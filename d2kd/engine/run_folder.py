@@ -4,7 +4,10 @@ import hashlib
 import json
 import logging
 import os
+import shlex
+import sys
 import tempfile
+import time
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Dict, List
@@ -75,7 +78,7 @@ class RunFolder:
         return int(_read_json(self._config_file).get(self.recipe.key("SEED"), -1))
 
     def record(self) -> None:
-        """Writes run.json (the config) and teacher.json, and removes partial files of a killed process.
+        """Writes run.json (the config), teacher.json and a line of commands.txt; removes files of a killed process.
 
         Raises:
             D2kdError: the folder cannot be written.
@@ -88,6 +91,9 @@ class RunFolder:
         for path, value in content.items():
             with report_write_errors(path):
                 files.write_text(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
+        commands = os.path.join(self.path, "commands.txt")
+        with report_write_errors(commands), open(commands, "a", encoding="utf-8") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(['python', *sys.argv])}\n")
 
     @property
     def _config_file(self) -> str:

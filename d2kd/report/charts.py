@@ -8,6 +8,7 @@ import matplotlib
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from .runs import Points
 
@@ -15,7 +16,7 @@ from .runs import Points
 COLORS = ("#3b82f6", "#f97316", "#10b981", "#d946ef", "#eab308", "#06b6d4", "#ef4444", "#8b5cf6")
 # What the style sheet knows as currentColor and --line; matplotlib needs numbers.
 INK, LINE = "#010203", "#040506"
-SIZE = (4.6, 3.1)  # inches; on a phone it is about as wide as the screen
+SIZE = (4.3, 3.0)  # inches; on a phone it is about as wide as the screen
 STYLE: Dict[Any, Any] = {
     "svg.fonttype": "none",
     "text.parse_math": False,
@@ -62,7 +63,8 @@ def line_chart(
         handles = {}
         for label, points in series:
             (handles[label],) = axis.plot(*zip(*points), "o-" if markers else "-", color=colors[label], alpha=0.9)
-        axis.set(xlabel=x, ylabel=y, yscale="log" if log else "linear", ylim=None if log else (0, None))
+        axis.set(xlabel=x, ylabel=y, xlim=(0, None))
+        _scale(axis, log)
         _legend(figure, handles)
         return _svg(figure, f"{y} over {x}: {', '.join(handles)}")
 
@@ -102,6 +104,16 @@ def bar_chart(groups: Mapping[str, Mapping[str, float]], x: str) -> Markup:
 def _figure(size: Tuple[float, float]) -> Tuple[Figure, Axes]:
     figure = Figure(figsize=size, layout="constrained")  # not pyplot, which keeps global state
     return figure, figure.subplots()
+
+
+def _scale(axis: Axes, log: bool) -> None:
+    if not log:
+        axis.set_ylim(0, None)
+        return
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))  # not powers, which need mathtext
+    axis.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _legend(figure: Figure, handles: Dict[str, Any]) -> None:

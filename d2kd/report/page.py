@@ -3,7 +3,7 @@
 import json
 from datetime import datetime
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import jinja2
@@ -23,7 +23,7 @@ MISSING = "\u2013"  # an en dash
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 SIZES = {"APs": "small", "APm": "medium", "APl": "large"}
 CLASS = "bbox/AP-"
-PULL_HINT = "not logged; MODEL.DISTILL.GRADIENT_PERIOD (LazyConfig: model.gradient_period) logs it, 20 for example"
+PULL_HINT = "MODEL.DISTILL.GRADIENT_PERIOD 20 (LazyConfig: model.gradient_period=20) does"
 
 Groups = Dict[str, List[ReportRun]]
 
@@ -76,8 +76,7 @@ def write_report(
         _curves("AP", groups),
         _curves("Losses", groups),
         _bars(groups),
-        *_pulls(groups),
-        *_method_losses(groups),
+        *_distillation(groups),
         *(_pictures(groups, num_images) if num_images else []),
     ]
     page = _template().render(
@@ -116,14 +115,14 @@ def _table(groups: Groups, latency_seconds: float) -> List[Dict[str, str]]:
     """A row for each label: size, speed, training and accuracy; mean and deviation over seeds."""
     rows = []
     for label, same in groups.items():
-        row = {"": label, "seeds": str(len(same)), **_cost(same[0], latency_seconds)}
+        row = {"": label, "seeds": str(len(same))}
+        row.update({metric: _spread([_last(run, f"bbox/{metric}") for run in same]) for metric in METRICS})
+        row.update(_cost(same[0], latency_seconds))
         steps = [step for run in same for _, step in run.curve("time")]
         row["iterations"] = str(same[0].records[-1]["iteration"])
-        row["s/step"] = f"{mean(steps):.3f}" if steps else MISSING
-        for metric in METRICS:
-            row[metric] = _spread([_last(run, f"bbox/{metric}") for run in same])
+        row["s/step"] = f"{median(steps):.3f}" if steps else MISSING
         rows.append(row)
-    return rows
+    return [{name: row[name] for name in rows[0] if any(x[name] != MISSING for x in rows)} for row in rows]
 
 
 def _spread(values: Sequence[Optional[float]]) -> str:
@@ -195,24 +194,20 @@ def _distilled(groups: Groups) -> List[ReportRun]:
     return [same[0] for same in groups.values() if same[0].methods]
 
 
-def _pulls(groups: Groups) -> List[Section]:
-    runs = _distilled(groups)
-    if not runs:
-        return []
-    text = "The gradient of each loss at the feature pyramid, relative to that of the detector's own losses."
-    charts = [
-        (run.label, line_chart(list(run.gradients().items()), "iteration", "pull", log=True, markers=True))
-        for run in runs
-    ]
-    charts = [chart for chart in charts if chart[1]]
-    return [Section("Pull of each loss", text if charts else f"{text} It was {PULL_HINT}.", charts)]
-
-
-def _method_losses(groups: Groups) -> List[Section]:
-    charts = [
-        (run.label, line_chart(list(run.losses().items()), "iteration", "loss", log=True)) for run in _distilled(groups)
-    ]
-    return [Section("Each loss", "As logged, with its weight.", charts)] if charts else []
+def _distillation(groups: Groups) -> List[Section]:
+    """Each loss of each student, and how strongly it pulls."""
+    text = (
+        "Each loss as logged, with its weight, and its pull: its gradient at the feature pyramid, relative to that of "
+        "the detector's own losses together."
+    )
+    charts: List[Tuple[str, Markup]] = []
+    for run in _distilled(groups):
+        losses, pulls = list(run.losses().items()), list(run.gradients().items())
+        charts.append((f"{run.label}: losses", line_chart(losses, "iteration", "loss", log=True)))
+        charts.append((f"{run.label}: pull", line_chart(pulls, "iteration", "pull", log=True, markers=True)))
+        if not pulls:
+            text = f"{text} The pull of {run.label} was not logged: {PULL_HINT}."
+    return [Section("Distillation", text, [chart for chart in charts if chart[1]])] if charts else []
 
 
 def _pictures(groups: Groups, num_images: int) -> List[Section]:

@@ -103,14 +103,15 @@ def detection_rows(
 
 def draw_boxes(pixels: np.ndarray, boxes: Sequence[Mapping[str, Any]], colors: Mapping[int, str]) -> str:
     """An image (H, W, 3) RGB with boxes in COCO's format, as a data URI."""
-    drawer = Visualizer(pixels, scale=WIDTH / pixels.shape[1])
-    corners = np.array([box["bbox"] for box in boxes], dtype=float).reshape(-1, 4)
+    scale = WIDTH / pixels.shape[1]
+    resized = Image.fromarray(pixels).resize((WIDTH, round(pixels.shape[0] * scale)))
+    corners = np.array([box["bbox"] for box in boxes], dtype=float).reshape(-1, 4) * scale
     corners[:, 2:] += corners[:, :2]
-    drawn = drawer.overlay_instances(
-        boxes=corners, assigned_colors=[colors[box["category_id"]] for box in boxes], alpha=1.0
-    )
+    drawer = Visualizer(np.asarray(resized))
+    for box, corner in zip(boxes, corners):
+        drawer.draw_box(corner, alpha=1.0, edge_color=colors[box["category_id"]])
     written = io.BytesIO()
-    Image.fromarray(drawn.get_image()).save(written, format="JPEG", quality=80)
+    Image.fromarray(drawer.output.get_image()).save(written, format="JPEG", quality=80)
     return _uri(written, "jpeg")
 
 

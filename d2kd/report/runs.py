@@ -119,7 +119,12 @@ def find_runs(folders: Sequence[str]) -> List[Tuple[str, Path]]:
         if not runs:
             raise D2kdError(f"{path} holds no run: there is no metrics.json in it; name the folder of a training run")
         found += [(label or _SEED.sub("", run.resolve().name), run) for run in runs]
-    return sorted(found, key=lambda pair: pair[0] != "teacher")  # which is compared with
+    return sorted(found, key=_rank)
+
+
+def _rank(run: Tuple[str, Path]) -> int:
+    """Teachers first, then plain students: the order in which a reader compares."""
+    return 0 if run[0] == "teacher" else 1 + bool(ReportRun(*run).methods)
 
 
 def _split(entry: str) -> Tuple[str, Path]:
