@@ -1,10 +1,10 @@
 """Kills a training run again and again with SIGKILL, resumes it, and compares its end with an unbroken run's.
 
-Run it by hand: ``python tests/kill_and_resume.py --kills 30 --parent-kills 10 --num-gpus 2``. The run distills with EMA
-and in mixed precision. It is killed up to --longest seconds after it began to train, or after its first, second or third
-new checkpoint: all of its processes, or only the one that started the others, which must then end on their own. Both
-runs must end with the same model, optimizer, schedule and running state, bit for bit. Everything is tiny and lies in a
-temporary folder: a teacher of a few iterations, and drawn images.
+Run it by hand: ``python tests/kill_and_resume.py --kills 30 --parent-kills 10 --num-gpus 2``. The run distills with
+EMA and in mixed precision. It is killed up to --longest seconds after it began to train, or after its first, second or
+third new checkpoint: all of its processes, or only the one that started the others, which must then end on their own.
+Both runs must end with the same model, optimizer, schedule and running state, bit for bit. Everything is tiny and lies
+in a temporary folder: a teacher of a few iterations, and drawn images.
 """
 
 import argparse
@@ -23,14 +23,14 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from d2kd.checkpoint import files
-from d2kd.checkpoint.run_checkpoints import checkpoints_in
-from d2kd.data import write_blood_cells
+from d2kd.checkpoint import files  # noqa: E402
+from d2kd.checkpoint.run_checkpoints import checkpoints_in  # noqa: E402
+from d2kd.data import write_blood_cells  # noqa: E402
 
 LOG = "Starting training from iteration"
 # Seconds in which processes end whose parent was killed.
 ALONE = 30.0
-TIMEOUT = 300.0
+TIMEOUT = 900.0
 
 
 class Runs:

@@ -28,7 +28,7 @@ import fcntl, os, sys
 
 with open(sys.argv[1], "a+") as file:
     fcntl.lockf(file, fcntl.LOCK_EX)
-    print(f"process {os.getpid()} on another machine", file=file, flush=True)
+    print(f"process {os.getpid()} on another machine", end="", file=file, flush=True)
     print("locked", flush=True)
     sys.stdin.read()
 """

@@ -53,7 +53,10 @@ def unbroken(teachers, tmp_path_factory):
 CASES = {
     "random views, EMA": ({}, [*RANDOM_VIEWS, "SOLVER.EMA_DECAY", "0.9"]),
     "two loading processes": ({}, [*RANDOM_VIEWS, "DATALOADER.NUM_WORKERS", "2"]),
-    "adapters, random masks": ({"teacher": "wide.pth"}, [*UNEQUAL, "SOLVER.OPTIMIZER", "SGD"]),
+    "adapters, random masks": (
+        {"teacher": "wide.pth"},
+        [*UNEQUAL, "SOLVER.OPTIMIZER", "SGD", "SOLVER.EMA_DECAY", "0.9"],
+    ),
     "FCOS": ({}, ["MODEL.META_ARCHITECTURE", "FCOS", "MODEL.DISTILL.METHODS", "()"]),
     "LazyConfig": ({"make": lazy_command}, ["train.ema_decay=0.9"]),
     "mixed precision, EMA": ({}, ["SOLVER.AMP.ENABLED", "True", "SOLVER.EMA_DECAY", "0.9"]),

@@ -6,11 +6,12 @@ import os
 import tempfile
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, ContextManager, Dict, List
+from typing import Any, ContextManager, Dict, List, Optional
 
 from ..checkpoint import files
 from ..checkpoint.names import some
 from ..checkpoint.run_checkpoints import checkpoints_in, report_write_errors
+from ..data.own import OwnData
 from ..errors import D2kdError
 from .lock import locked
 from .recipe import Recipe
@@ -26,10 +27,12 @@ class RunFolder:
 
     Args:
         recipe: of the run.
+        data: own data that the command line names, if it does.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, data: Optional[OwnData] = None) -> None:
         self.recipe = recipe
+        self.values = {**recipe.values, **(data.identity() if data else {})}
         self.path = recipe.options.output_dir
         self.path_key = recipe.key("OUTPUT_DIR")
 
@@ -91,7 +94,7 @@ class RunFolder:
         """
         for partial in Path(self.path).glob(f"*{files.PARTIAL}"):
             partial.unlink()
-        for name, value in {CONFIG_FILE: self.recipe.values, **sources}.items():
+        for name, value in {CONFIG_FILE: self.values, **sources}.items():
             path = os.path.join(self.path, name)
             with report_write_errors(path):
                 files.write_text(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
@@ -108,7 +111,7 @@ class RunFolder:
             )
             return
         changes = [
-            f"{key} was {saved.get(key, _MISSING)} and is {self.recipe.values.get(key, _MISSING)}"
+            f"{key} was {saved.get(key, _MISSING)} and is {self.values.get(key, _MISSING)}"
             for key in self._different_keys(saved)
         ]
         if changes:
@@ -118,7 +121,7 @@ class RunFolder:
             )
 
     def _different_keys(self, saved: Dict[str, Any]) -> List[str]:
-        present = self.recipe.values
+        present = self.values
         # Every YAML config has all keys, except those of other versions of the code.
         keys = saved.keys() | present.keys() if self.recipe.is_lazy else saved.keys() & present.keys()
         free = [*self.recipe.may_change, *([self.recipe.key("SEED")] if self.recipe.options.seed < 0 else [])]
