@@ -37,8 +37,8 @@ class _KDQualityFocalSum(torch.autograd.Function):
         dtype = torch.promote_types(logits.dtype, torch.float32)  # under autocast, logits have half precision
         slopes = torch.empty_like(logits, dtype=dtype, memory_format=torch.contiguous_format)
         total = slopes.new_zeros(())
-        for *part, slope in _parts(logits, teacher_logits, weights.unsqueeze(2), slopes):
-            total += _kd_quality_focal_part(*(x.to(dtype) for x in part), beta, slope)
+        for own, theirs, weight, slope in _parts(logits, teacher_logits, weights.unsqueeze(2), slopes):
+            total += _kd_quality_focal_part(own.to(dtype), theirs.to(dtype), weight.to(dtype), beta, slope)
         ctx.save_for_backward(slopes)
         return total
 

@@ -8,6 +8,7 @@ from fvcore.nn import parameter_count
 from tabulate import tabulate
 from torch import Tensor, nn
 
+from ..complexity import num_parameters
 from ..contract import Dense, channel_order, level_channels, level_strides
 from ..errors import D2kdError
 from .gradients import gradient_ratios, weight_warnings
@@ -67,12 +68,6 @@ def detector_tables(model: "DistillMetaArch") -> str:
 
 def _anchors(detector: Dense) -> List[int]:
     return detector.anchor_generator.num_anchors
-
-
-def num_parameters(network: nn.Module) -> int:
-    """Number of a detector's parameters, without the adapters of methods."""
-    counts = parameter_count(network)
-    return counts[""] - counts.get("distill", 0)
 
 
 def method_table(model: "DistillMetaArch") -> str:
