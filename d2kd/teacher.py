@@ -2,16 +2,17 @@
 
 import logging
 import os
-from typing import Any, Dict, List, Optional, Sequence, Tuple, cast
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union, cast
 
 import torch
-from detectron2.config import instantiate
+from detectron2.config import CfgNode, instantiate
 from detectron2.modeling import build_model
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from .checkpoint import load_strict
-from .config import drop_teacher, find_config, load_config, read_lazy
+from .config import detector_node, drop_teacher, find_config, load_config, read_lazy
 from .contract import Dense, channel_order
 from .dense import DenseOutputs, preprocess, run_dense
 from .errors import D2kdError
@@ -150,21 +151,51 @@ def load_teacher(
     return teacher
 
 
+def teacher_opts(config_file: str, opts: Sequence[str], num_classes: int) -> List[str]:
+    """Overrides of a teacher's config that set its number of classes.
+
+    Args:
+        config_file: as for :func:`load_teacher`.
+        opts: its overrides so far, which come after and so prevail.
+        num_classes: the number.
+
+    Raises:
+        D2kdError: there is no such config.
+    """
+    path = find_config(config_file)
+    if path.endswith(".py"):
+        known = OmegaConf.select(read_lazy(path), "model.num_classes") is not None
+        return [f"model.num_classes={num_classes}", *opts] if known else list(opts)
+    node = detector_node(load_config(path, opts, with_teacher=False))
+    return [f"MODEL.{node}.NUM_CLASSES", str(num_classes), *opts] if node else list(opts)
+
+
+def read_config(path: str, opts: Sequence[str]) -> Union[CfgNode, DictConfig]:
+    """Reads the config of a teacher, of either style, with overrides and without a teacher of its own.
+
+    Raises:
+        D2kdError: it is not valid, or a LazyConfig without a model.
+    """
+    if not path.endswith(".py"):
+        return load_config(path, opts, with_teacher=False)
+    lazy = read_lazy(path)
+    if "model" not in lazy:
+        raise D2kdError(f"{path} defines no model; a teacher's LazyConfig must")
+    for override in opts:
+        lazy = apply_override(lazy, override)
+    drop_teacher(lazy)
+    return lazy
+
+
 def _build(path: str, opts: Sequence[str], device: str) -> Tuple[nn.Module, str, List[str]]:
     """Builds the detector of a config, without a teacher of its own; returns it, its channel order and class names."""
-    if path.endswith(".py"):
-        lazy = read_lazy(path)
-        if "model" not in lazy:
-            raise D2kdError(f"{path} defines no model; a teacher's LazyConfig must")
-        for override in opts:
-            lazy = apply_override(lazy, override)
-        drop_teacher(lazy)
-        check_nodes(lazy, prefix=THEIRS)
-        check_config(resolved(lazy), is_lazy=True, prefix=THEIRS)
-        detector = instantiate(lazy.model).to(device)
-        check_wiring(detector, THEIRS)
-        return detector, channel_order(detector), []
-    cfg = load_config(path, opts, with_teacher=False)
-    cfg.MODEL.DEVICE = device
-    check_config(cfg, prefix=THEIRS)
-    return build_model(cfg), cfg.INPUT.FORMAT, class_names(cfg)
+    config = read_config(path, opts)
+    if isinstance(config, CfgNode):
+        config.MODEL.DEVICE = device
+        check_config(config, prefix=THEIRS)
+        return build_model(config), config.INPUT.FORMAT, class_names(config)
+    check_nodes(config, prefix=THEIRS)
+    check_config(resolved(config), is_lazy=True, prefix=THEIRS)
+    detector = instantiate(config.model).to(device)
+    check_wiring(detector, THEIRS)
+    return detector, channel_order(detector), []
