@@ -28,16 +28,27 @@ def main() -> int:
     parser.add_argument(
         "--latency", type=float, default=1.0, help="seconds to measure each latency; 0 for none (default 1)"
     )
+    parser.add_argument(
+        "--val-data",
+        action="append",
+        default=[],
+        metavar="DATA",
+        help="own data that the runs evaluated on, as for train_net.py: needed for pictures",
+    )
     args = parser.parse_args()
 
     # Imported here because it takes seconds, which --help and mistyped arguments should not.
     from pathlib import Path
 
+    from d2kd.data.own import prepare_own_data
     from d2kd.errors import exit_status
     from d2kd.report import find_runs, write_report
 
     def write() -> None:
-        print(f"wrote {write_report(find_runs(args.runs), Path(args.output), args.title, args.images, args.latency)}")
+        output = Path(args.output)
+        if args.val_data:
+            prepare_own_data((), args.val_data, 0.0, output.parent / "data").register()
+        print(f"wrote {write_report(find_runs(args.runs), output, args.title, args.images, args.latency)}")
 
     return exit_status(write)
 
