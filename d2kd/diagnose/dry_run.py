@@ -8,8 +8,10 @@ from fvcore.nn import parameter_count
 from tabulate import tabulate
 from torch import Tensor, nn
 
+from ..complexity import num_parameters
 from ..contract import Dense, channel_order, level_channels, level_strides
 from ..errors import D2kdError
+from ..heads import Cut
 from .gradients import gradient_ratios, weight_warnings
 
 if TYPE_CHECKING:
@@ -69,19 +71,13 @@ def _anchors(detector: Dense) -> List[int]:
     return detector.anchor_generator.num_anchors
 
 
-def num_parameters(network: nn.Module) -> int:
-    """Number of a detector's parameters, without the adapters of methods."""
-    counts = parameter_count(network)
-    return counts[""] - counts.get("distill", 0)
-
-
 def method_table(model: "DistillMetaArch") -> str:
     """A table of what each method reads and of its adapters."""
     rows = []
     maps = ", ".join(own if own == theirs else f"{own} : {theirs}" for own, theirs in model.paths) or "FPN features"
     for method in model.methods:
         reads = "predictions" if method.reads_head else maps
-        cuts = ", ".join(f"cut {cut.convs}{' before activation' if cut.pre_activation else ''}" for cut in method.cuts)
+        cuts = ", ".join(describe_cuts(*pair) for pair in zip(method.cuts, method.teacher_cuts))
         trained = parameter_count(method)[""]
         kinds = Counter(type(m).__name__ for m in method.modules() if m._parameters)
         adapters = (
@@ -89,6 +85,12 @@ def method_table(model: "DistillMetaArch") -> str:
         )
         rows.append([type(method).__name__, f"{reads}, {cuts}" if cuts else reads, adapters])
     return tabulate(rows, headers=["method", "reads", "trains"], tablefmt="simple")
+
+
+def describe_cuts(own: Cut, theirs: Cut) -> str:
+    """Where a method cuts the towers of student and teacher."""
+    convs = f"{own.convs}" if own == theirs else f"{own.convs} : {theirs.convs}"
+    return f"cut {convs}{' before activation' if own.pre_activation else ''}"
 
 
 def loss_table(losses: Mapping[str, Tensor], ratios: Mapping[str, float]) -> str:
