@@ -6,6 +6,7 @@ from typing import Iterator, List
 
 import numpy as np
 import torch
+from numpy.random import mtrand
 
 # Second number of each seed, so that samples and iterations draw from different streams.
 SAMPLES, ITERATIONS = 0, 1
@@ -28,15 +29,15 @@ def seeded(*numbers: int) -> Iterator[None]:
     """
     states = torch.get_rng_state(), random.getstate()
     # numpy takes 0.15 ms to read and write its state, and as long to make a generator, but not to exchange two.
-    numpys, own = np.random.get_bit_generator(), _spare.pop() if _spare else np.random.MT19937()
-    np.random.set_bit_generator(own)
+    numpys, own = mtrand.get_bit_generator(), _spare.pop() if _spare else np.random.MT19937()
+    mtrand.set_bit_generator(own)
     try:
         _seed_cpu(*numbers)
         yield
     finally:
         torch.set_rng_state(states[0])
         random.setstate(states[1])
-        np.random.set_bit_generator(numpys)
+        mtrand.set_bit_generator(numpys)
         _spare.append(own)
 
 
