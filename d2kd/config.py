@@ -57,13 +57,15 @@ def _distill_keys() -> CfgNode:
     distill = CfgNode()
     # CONFIG_FILE: a path, relative to the config that names it, or a name of detectron2's model zoo.
     # OPTS: overrides of the teacher's config, ["KEY", "value", ...].
-    distill.TEACHER = CfgNode({"CONFIG_FILE": "", "WEIGHTS": "", "OPTS": []})
+    # SCALE: how large the teacher sees the images, relative to the student; see load_teacher.
+    distill.TEACHER = CfgNode({"CONFIG_FILE": "", "WEIGHTS": "", "OPTS": [], "SCALE": 1.0})
     distill.METHODS = ()
     # Number of training images on which the teacher is checked before the first iteration; 0 for none.
     # LazyConfig: train.preflight.
     distill.PREFLIGHT = PREFLIGHT_IMAGES
-    # For the next five, see DistillMetaArch and Schedule.
+    # For the next six, see DistillMetaArch and Schedule.
     distill.GRADIENT_PERIOD = 0
+    distill.LEVELS = ()
     distill.FEATURES = ()
     distill.CLASS_MAP = ()
     distill.INHERIT = ()
