@@ -8,6 +8,7 @@ from fvcore.nn import parameter_count
 from tabulate import tabulate
 from torch import Tensor, nn
 
+from ..complexity import num_parameters
 from ..contract import channel_order, level_names, levels, num_classes
 from ..errors import D2kdError
 from .gradients import gradient_ratios, weight_warnings
@@ -75,12 +76,6 @@ def _levels(detector: Any, scale: float = 1.0) -> List[List[str]]:
         [name, f"{shape.stride / scale:g}", str(shape.channels), str(count)]
         for name, shape, count in zip(level_names(detector), shapes, anchors)
     ]
-
-
-def num_parameters(network: nn.Module) -> int:
-    """Number of a detector's parameters, without the adapters of methods."""
-    counts = parameter_count(network)
-    return counts[""] - counts.get("distill", 0)
 
 
 def method_table(model: "DistillMetaArch") -> str:

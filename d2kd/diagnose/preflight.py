@@ -12,13 +12,13 @@ from detectron2.utils import comm
 from tabulate import tabulate
 from torch import Tensor, nn
 
+from ..complexity import num_parameters
 from ..contract import channel_order, num_classes
 from ..data.loader import SeededDataset
 from ..errors import D2kdError
 from ..keys import key, setting
 from ..meta_arch import DistillMetaArch
 from ..teacher import Teacher
-from .dry_run import num_parameters
 from .sample import Sample, at_scale, average_precision, draw
 from .variants import Variant, class_variants, pixel_variants, shuffled
 
