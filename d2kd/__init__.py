@@ -25,6 +25,7 @@ with warnings.catch_warnings():
     from .config import add_distill_config, drop_teacher, load_config
     from .data import dataset_root, register_builtin
     from .meta_arch import DistillATSS, DistillFCOS, DistillGFL, DistillMetaArch, DistillRetinaNet
+    from .student import distill
     from .teacher import Teacher, load_teacher
 
 register_builtin(dataset_root())
@@ -38,6 +39,7 @@ __all__ = [
     "Teacher",
     "__version__",
     "add_distill_config",
+    "distill",
     "drop_teacher",
     "load_config",
     "load_teacher",

@@ -4,8 +4,11 @@
 losses). While it trains with methods, it also runs a teacher and adds the losses that the methods compute from both.
 """
 
+import inspect
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Optional, Sequence, Tuple
+from itertools import chain
+from typing import TYPE_CHECKING, Any, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -13,13 +16,13 @@ from detectron2.modeling import META_ARCH_REGISTRY, RetinaNet
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils import comm
-from detectron2.utils.events import EventStorage, get_event_storage
+from detectron2.utils.events import EventStorage, get_event_storage, has_event_storage
 from torch import Tensor, nn
 
 from .contract import AnchorGenerator, BoxCoder, channel_order, check_contract
 from .dense import DenseOutputs, Targets, evaluation_mode, make_targets, run_dense
 from .diagnose.gradients import GRADIENT, gradient_ratios
-from .errors import D2kdError
+from .errors import D2kdError, nearest
 from .heads import Cut
 from .keys import key
 from .methods import (
@@ -97,6 +100,10 @@ class DistillMetaArch(_Student):
 
     Without methods it is the plain detector, bit for bit. Evaluation never uses the teacher.
 
+    Attributes:
+        iteration: number of the next training forward, for schedules and for what is logged; it counts where no
+            ``EventStorage`` does.
+
     Args:
         teacher: from :func:`load_teacher`; required if there are methods.
         methods: methods whose losses are added to the student's own.
@@ -115,11 +122,14 @@ class DistillMetaArch(_Student):
             them by a running mean of each worker's own number of positive anchors (detectron2); True averages it over
             all workers. GFL, ATSS and FCOS "batch" divide by averages over workers that are clamped to at least 1, as
             published; True clamps their sum instead.
-        **student: arguments of the student's class.
+        detector: an existing detector to become a student, see :func:`distill`.
+        **student: without ``detector``, arguments of the student's class.
 
     Raises:
         D2kdError: there are methods without a teacher, the teacher does not fit, or an option is wrong.
     """
+
+    iteration: int = 0
 
     @configurable
     def __init__(
@@ -134,9 +144,13 @@ class DistillMetaArch(_Student):
         inherit: Sequence[str] = (),
         gradient_period: int = 0,
         sync_normalizer: bool = False,
+        detector: Optional[DenseDetector] = None,
         **student: Any,
     ) -> None:
-        super().__init__(**student)
+        if detector is None:
+            super().__init__(**student)
+        else:
+            self._become(detector, student)
         self.gradient_period = gradient_period
         self.sync_normalizer = sync_normalizer
         self.teacher = teacher
@@ -172,6 +186,15 @@ class DistillMetaArch(_Student):
             if methods or distill.INHERIT
             else None,
         }
+
+    def _become(self, detector: DenseDetector, unknown: Mapping[str, Any]) -> None:
+        """Takes over all of a detector, but with a dict of modules of its own, to which ``distill`` is added."""
+        if unknown:
+            known = inspect.signature(DistillMetaArch).parameters
+            name = next(iter(unknown))
+            raise D2kdError(f"distill has no option {name!r}{nearest(name, known)}")
+        vars(self).update(vars(detector))
+        self._modules = dict(detector._modules)
 
     @property
     def methods(self) -> List[Method]:
@@ -226,8 +249,8 @@ class DistillMetaArch(_Student):
         nothing.gt_classes = torch.zeros(0, dtype=torch.long, device=self.device)
         with EventStorage(), torch.no_grad(), torch.random.fork_rng(devices=[]), evaluation_mode(self):
             student, teacher = (
-                run_dense(detector, images, method.cuts, paths=[pair[i] for pair in self.paths])
-                for i, detector in enumerate(detectors)
+                run_dense(detector, images, cuts, paths=[pair[i] for pair in self.paths])
+                for i, (detector, cuts) in enumerate(zip(detectors, (method.cuts, method.teacher_cuts)))
             )
             self._share_classes(student, teacher)
             assigned = self.label_anchors(student.anchors_per_level, [nothing])
@@ -241,6 +264,10 @@ class DistillMetaArch(_Student):
             self._not_inherited = error
         else:
             inherit_parts(self, teacher.network, parts)
+
+    def plain_state_dict(self) -> Dict[str, Tensor]:
+        """The state dict of the student alone, without the methods' adapters: the plain detector loads it strictly."""
+        return {name: value for name, value in self.state_dict().items() if not name.startswith("distill.")}
 
     def prepare_teacher(self) -> None:
         """Loads the teacher's weights if they are not loaded yet. Call it before training, so that mistakes show early.
@@ -262,9 +289,20 @@ class DistillMetaArch(_Student):
         """Like :meth:`DenseDetector.forward`; in training with methods, the loss dict has the methods' losses too."""
         if self.training and self._not_inherited is not None:
             raise self._not_inherited
-        if not (self.training and self.distill):
+        if not self.training:
             return super().forward(batched_inputs)
-        return self.losses_of(self.observe(batched_inputs))
+        with self._event_storage():
+            return self.losses_of(self.observe(batched_inputs)) if self.distill else super().forward(batched_inputs)
+
+    @contextmanager
+    def _event_storage(self) -> Iterator[None]:
+        """The ``EventStorage`` that detectron2's losses log to, where the training loop has opened none."""
+        if has_event_storage():
+            yield
+            return
+        with EventStorage(self.iteration):
+            yield
+        self.iteration += 1
 
     def observe(self, batched_inputs: List[Dict[str, Any]]) -> Observation:
         """Runs teacher and student on a batch and assigns targets, once: everything that the losses are made of.
@@ -280,7 +318,8 @@ class DistillMetaArch(_Student):
         methods = list(self.active_methods().values())
         teacher = self.run_teacher(batched_inputs)
         images = self.preprocess_image(batched_inputs)
-        student = run_dense(self, images, _cuts(methods), paths=[own for own, _ in self.paths] if methods else ())
+        cuts = _all(method.cuts for method in methods)
+        student = run_dense(self, images, cuts, paths=[own for own, _ in self.paths] if methods else ())
         if teacher is not None:
             self._share_classes(student, teacher)
             if not _resizes(methods):
@@ -296,7 +335,8 @@ class DistillMetaArch(_Student):
             return None
         paths = [theirs for _, theirs in self.paths]
         with_head = _reads_head(methods) or any(path.startswith("head") for path in paths)
-        return self.teacher(batched_inputs, channel_order(self), _cuts(methods), with_head, paths)
+        cuts = _all(method.teacher_cuts for method in methods)
+        return self.teacher(batched_inputs, channel_order(self), cuts, with_head, paths)
 
     def _share_classes(self, *both: DenseOutputs) -> None:
         if self.shared_classes is not None:
@@ -363,8 +403,9 @@ def _options(distill: CfgNode, name: str) -> Dict[str, Any]:
     return {key: distill[name.upper()][key.upper()] for key in method_defaults(name)}
 
 
-def _cuts(methods: Sequence[Method]) -> List[Cut]:
-    return list(dict.fromkeys(cut for method in methods for cut in method.cuts))
+def _all(cuts: Iterable[Sequence[Cut]]) -> List[Cut]:
+    """The cuts of several methods, each once."""
+    return list(dict.fromkeys(chain.from_iterable(cuts)))
 
 
 def _reads_head(methods: Sequence[Method]) -> bool:

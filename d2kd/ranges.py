@@ -162,6 +162,10 @@ RANGES: Dict[str, Tuple[Test, str]] = {
     "MODEL.DISTILL.*TEMPERATURE model.methods.*temperature": (_positive, "above 0"),
     "MODEL.DISTILL.*.BETA model.methods.*.beta": (_not_negative, "0 or more"),
     "MODEL.DISTILL.*.CUT model.methods.*.cut": (_whole, "0 or more convolutions"),
+    "MODEL.DISTILL.*.TEACHER_CUT model.methods.*.teacher_cut": (
+        lambda value: value == -1 or _whole(value),
+        "0 or more convolutions; -1 for the distance of the student's cut from the predictors",
+    ),
     "MODEL.DISTILL.*.VLR_TOPK model.methods.*.vlr_topk": (is_count, "1 or more"),
     "MODEL.DISTILL.TEACHER.OPTS": (
         _list_of(lambda x: not isinstance(x, (list, tuple, dict)), empty=True),

@@ -8,10 +8,11 @@ import torch
 from detectron2.config import instantiate
 from detectron2.modeling import build_model
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
+from omegaconf import OmegaConf
 from torch import nn
 
 from .checkpoint import load_strict
-from .config import drop_teacher, find_config, load_config, read_lazy
+from .config import detector_node, drop_teacher, find_config, load_config, read_lazy
 from .contract import Dense, channel_order
 from .dense import DenseOutputs, preprocess, run_dense
 from .errors import D2kdError
@@ -148,6 +149,25 @@ def load_teacher(
     if os.path.isfile(weights) or not when_needed:
         teacher.prepare()
     return teacher
+
+
+def teacher_opts(config_file: str, opts: Sequence[str], num_classes: int) -> List[str]:
+    """Overrides of a teacher's config that set its number of classes.
+
+    Args:
+        config_file: as for :func:`load_teacher`.
+        opts: its overrides so far, which come after and so prevail.
+        num_classes: the number.
+
+    Raises:
+        D2kdError: there is no such config.
+    """
+    path = find_config(config_file)
+    if path.endswith(".py"):
+        known = OmegaConf.select(read_lazy(path), "model.num_classes") is not None
+        return [f"model.num_classes={num_classes}", *opts] if known else list(opts)
+    node = detector_node(load_config(path, opts, with_teacher=False))
+    return [f"MODEL.{node}.NUM_CLASSES", str(num_classes), *opts] if node else list(opts)
 
 
 def _build(path: str, opts: Sequence[str], device: str) -> Tuple[nn.Module, str, List[str]]:

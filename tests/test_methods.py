@@ -74,9 +74,8 @@ def build_pair(teacher_files):
 @pytest.mark.parametrize("method", method_names())
 def test_every_method_on_every_detector(build_pair, method, detector, teacher, wider):
     """With ground truth on both images, on one, and on none."""
-    refused = {"LD": (detector, teacher) != ("GFL", "GFL"), "CrossKD": wider}.get(method, False)
-    if refused:
-        with pytest.raises(D2kdError, match=r"distributions of distances|towers have"):
+    if method == "LD" and (detector, teacher) != ("GFL", "GFL"):
+        with pytest.raises(D2kdError, match="distributions of distances"):
             build_pair(detector, teacher, method, wider)
         return
     student = build_pair(detector, teacher, method, wider)

@@ -35,7 +35,8 @@ LAZY = str(CONFIGS / "lazy" / "quick_crosskd_retinanet.py")
 SHORT = ["SEED", "5", "SOLVER.MAX_ITER", "6", "SOLVER.CHECKPOINT_PERIOD", "2"]
 SHORT += ["SOLVER.WARMUP_ITERS", "2", "DATASETS.TEST", "()"]
 RANDOM_VIEWS = ["INPUT.CROP.ENABLED", "True", "INPUT.MIN_SIZE_TRAIN", "(96,112,128)"]
-UNEQUAL = ["MODEL.DISTILL.METHODS", "('PKD', 'MGD')", "MODEL.DISTILL.TEACHER.OPTS", "['MODEL.FPN.OUT_CHANNELS','64']"]
+UNEQUAL = ["MODEL.DISTILL.METHODS", "('PKD', 'MGD', 'CrossKD')"]
+UNEQUAL += ["MODEL.DISTILL.TEACHER.OPTS", "['MODEL.FPN.OUT_CHANNELS','64']"]
 LAZY_SHORT = ["train.seed=5", "train.max_iter=6", "train.checkpointer.period=2", "train.eval_period=0"]
 
 
@@ -130,7 +131,10 @@ def unbroken(teachers, tmp_path_factory):
 CASES = {
     "random views, EMA": ({}, [*RANDOM_VIEWS, "SOLVER.EMA_DECAY", "0.9"]),
     "two loading processes": ({}, [*RANDOM_VIEWS, "DATALOADER.NUM_WORKERS", "2"]),
-    "adapters, random masks": ({"teacher": "wide.pth"}, [*UNEQUAL, "SOLVER.OPTIMIZER", "SGD"]),
+    "adapters, random masks": (
+        {"teacher": "wide.pth"},
+        [*UNEQUAL, "SOLVER.OPTIMIZER", "SGD", "SOLVER.EMA_DECAY", "0.9"],
+    ),
     "FCOS": ({}, ["MODEL.META_ARCHITECTURE", "FCOS", "MODEL.DISTILL.METHODS", "()"]),
     "LazyConfig": ({"make": lazy_command}, ["train.ema_decay=0.9"]),
     "mixed precision, EMA": ({}, ["SOLVER.AMP.ENABLED", "True", "SOLVER.EMA_DECAY", "0.9"]),

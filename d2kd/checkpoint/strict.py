@@ -7,6 +7,7 @@ from detectron2.modeling.backbone.fpn import LastLevelP6P7
 from torch import nn
 
 from ..errors import D2kdError
+from ..keys import key
 from .mmdet import convert_mmdet, is_mmdet, mmdet_detector
 from .names import plain_state
 from .safe import CONFIG_HINT, SafeCheckpointer, mismatches
@@ -76,8 +77,21 @@ class StrictCheckpointer(SafeCheckpointer):
             missing = [name for name in self.model.state_dict() if name not in names]  # FrozenBN hides missing buffers
         wrong = mismatches(_harmful(missing), _harmful(incompatible.unexpected_keys), incompatible.incorrect_shapes)
         if wrong:
-            raise D2kdError(f"{self._filename} does not fit the model: {wrong}; {CONFIG_HINT}")
+            hint = self._classes_hint(incompatible.incorrect_shapes) or CONFIG_HINT
+            raise D2kdError(f"{self._filename} does not fit the model: {wrong}; {hint}")
         return incompatible
+
+    def _classes_hint(self, shapes: List[Any]) -> str:
+        """What to do if the file is a detector of the same kind with another number of classes; "" if it is not."""
+        classes = getattr(self.model, "num_classes", 0)
+        if not shapes or not classes or not all(name.startswith("head.cls_score.") for name, *_ in shapes):
+            return ""
+        _, in_file, in_model = shapes[0]
+        return (
+            f"the file holds a detector of {in_file[0] * classes // in_model[0]} classes and the config has {classes}: "
+            "train one on the same data with train_net.py, or set NUM_CLASSES to the file's number (for a teacher in "
+            f"{key('MODEL.DISTILL.TEACHER.OPTS')}, with MODEL.DISTILL.CLASS_MAP or methods that read features only)"
+        )
 
 
 def _harmful(names: List[str]) -> List[str]:

@@ -47,6 +47,9 @@ Train a student with CrossKD on 8 GPUs (a .py config is a LazyConfig):
 Train a teacher or a plain baseline with a plain config:
     $ python train_net.py --config-file configs/retinanet_R50.yaml --num-gpus 8
 
+Train on your own data; number and names of classes come from the file, for the teacher too:
+    $ python train_net.py --config-file cfg.yaml --train-data train.json:images --val-data val.json:images
+
 Change options at the end, in the style of the config:
     $ python train_net.py --config-file cfg.yaml SOLVER.MAX_ITER 100 MODEL.DISTILL.CROSSKD.CUT 2
     $ python train_net.py --config-file cfg.py train.max_iter=100 model.methods.0.cut=2
@@ -100,6 +103,25 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument(
         ALLOW, action="store_true", help="let --resume continue although config or teacher have changed"
     )
+    arguments.set_defaults(data=None)  # what load_recipe reads of these
+    arguments.add_argument(
+        "--train-data",
+        action="append",
+        default=[],
+        metavar="DATA",
+        help="own data to train on, which also set the number of classes of student and teacher: ann.json:images "
+        "(COCO), a YOLO data.yaml, or a folder in Pascal VOC's layout; may be given several times",
+    )
+    arguments.add_argument(
+        "--val-data", action="append", default=[], metavar="DATA", help="own data to evaluate on, named likewise"
+    )
+    arguments.add_argument(
+        "--val-split",
+        type=float,
+        default=0.0,
+        metavar="FRACTION",
+        help="take a fraction of the images of --train-data for evaluation, always the same ones",
+    )
     arguments.add_argument(
         "--dry-run",
         action="store_true",
@@ -141,6 +163,7 @@ def _start(args: argparse.Namespace, trainer: Type[Trainer]) -> None:
     recipe = load_recipe(args)
     remarks = _check(args, recipe)
     if args.dry_run:
+        print(*(text for _, text in remarks), sep="\n")
         with known_mistakes():
             print(dry_run(recipe, trainer))
     elif args.num_gpus * args.num_machines > 1:
@@ -163,9 +186,10 @@ def _check(args: argparse.Namespace, recipe: Recipe) -> List[Remark]:
         check_weights_file(recipe)
         check_batch(recipe, comm.get_world_size() if under_torchrun() else max(1, args.num_gpus * args.num_machines))
     sets = [*([] if args.eval_only else recipe.train_sets), *recipe.test_sets]
-    remarks = check_datasets(sets, recipe.num_classes, evaluated=recipe.test_sets)
+    remarks = [args.data.remark()] if args.data else []
+    remarks += check_datasets(sets, recipe.num_classes, evaluated=recipe.test_sets)
     if not args.dry_run:
-        folder = RunFolder(recipe)
+        folder = RunFolder(recipe, args.data)
         folder.make()
         if not args.eval_only:
             folder.check(args.resume, args.allow_config_change)
@@ -178,7 +202,7 @@ def _work(
     """What each process does; one that was started loads the config itself."""
     with lazy_keys(is_lazy(args.config_file)):
         recipe = recipe or load_recipe(args)
-        folder = RunFolder(recipe)
+        folder = RunFolder(recipe, args.data)
         with run_logs(folder.path), known_mistakes():
             if not args.eval_only:
                 recipe = recipe.with_seed(folder.saved_seed() if args.resume else -1)
@@ -186,7 +210,7 @@ def _work(
             if comm.is_main_process():
                 log_remarks(remarks)
                 if not args.eval_only:
-                    RunFolder(recipe).record()
+                    RunFolder(recipe, args.data).record()
             do = evaluate if args.eval_only else train
             do(recipe, trainer, args.resume)
 

@@ -7,7 +7,7 @@ import os
 import tempfile
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Optional
 from urllib.parse import urlparse
 
 from detectron2.utils.file_io import PathManager
@@ -15,6 +15,7 @@ from detectron2.utils.file_io import PathManager
 from ..checkpoint import files
 from ..checkpoint.names import some
 from ..checkpoint.run_checkpoints import checkpoints_in, report_write_errors
+from ..data.own import OwnData
 from ..errors import D2kdError
 from .recipe import Recipe
 
@@ -27,10 +28,12 @@ class RunFolder:
 
     Args:
         recipe: of the run.
+        data: own data that the command line names, if it does.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, data: Optional[OwnData] = None) -> None:
         self.recipe = recipe
+        self.values = {**recipe.values, **(data.identity() if data else {})}
         self.path = recipe.options.output_dir
         self.path_key = recipe.key("OUTPUT_DIR")
 
@@ -82,7 +85,7 @@ class RunFolder:
         """
         for partial in Path(self.path).glob(f"*{files.PARTIAL}"):
             partial.unlink()
-        content = {self._config_file: self.recipe.values}
+        content = {self._config_file: self.values}
         if self.recipe.teacher:
             content[self._teacher_file] = describe_file(self.recipe.teacher)
         for path, value in content.items():
@@ -105,7 +108,7 @@ class RunFolder:
             )
             return
         changes = [
-            f"{key} was {saved.get(key, _MISSING)} and is {self.recipe.values.get(key, _MISSING)}"
+            f"{key} was {saved.get(key, _MISSING)} and is {self.values.get(key, _MISSING)}"
             for key in self._different_keys(saved)
         ]
         if changes:
@@ -115,7 +118,7 @@ class RunFolder:
             )
 
     def _different_keys(self, saved: Dict[str, Any]) -> List[str]:
-        present = self.recipe.values
+        present = self.values
         # Every YAML config has all keys, except those of other versions of the code.
         keys = saved.keys() | present.keys() if self.recipe.is_lazy else saved.keys() & present.keys()
         free = [*self.recipe.may_change, *([self.recipe.key("SEED")] if self.recipe.options.seed < 0 else [])]

@@ -19,11 +19,13 @@ from ...config import AMP_DTYPE, PREFLIGHT_IMAGES, drop_teacher, find_config, re
 from ...data.bad_images import EvaluationMapper
 from ...data.evaluators import build_evaluator
 from ...data.loader import build_train_loader
+from ...data.own import OwnData
 from ...data.randomness import seeded
 from ...errors import D2kdError
 from ...nodes import check_nodes, located, resolved
 from ...overrides import apply_override
 from ...signatures import arguments
+from ...teacher import teacher_opts
 from ...wiring import check_wiring
 from ..devices import usable_device
 from ..recipe import Recipe
@@ -130,10 +132,19 @@ class LazyRecipe(Recipe):
         return loaders
 
 
-def load_lazy(config_file: str, opts: Sequence[str], eval_only: bool) -> LazyRecipe:
-    """Loads a config with overrides ``path.key=value``; without its teacher to evaluate only."""
+def load_lazy(config_file: str, opts: Sequence[str], eval_only: bool, data: Optional[OwnData] = None) -> LazyRecipe:
+    """Loads a config with overrides ``path.key=value``; without its teacher to evaluate only.
+
+    Args:
+        config_file: path of the config.
+        opts: the overrides.
+        eval_only: whether the teacher is dropped.
+        data: own data, which the overrides come after.
+    """
     path = find_config(config_file)
     config = with_defaults(read_lazy(path))
+    if data:
+        _set_data(config, data)
     for override in opts:
         config = apply_override(config, override)
     missing = [part for part in PARTS if part not in config]
@@ -144,7 +155,30 @@ def load_lazy(config_file: str, opts: Sequence[str], eval_only: bool) -> LazyRec
     config.train.device = usable_device(recipe.options.device)
     if eval_only:
         drop_teacher(config)
+    elif data:
+        _set_teacher_classes(config.model, len(data.classes))
     return LazyRecipe(config, path)
+
+
+def _set_data(config: DictConfig, data: OwnData) -> None:
+    """Sets a config's data sets and number of classes for own data."""
+    train, val = data.names
+    loaders = config.get("dataloader", {})
+    if train and OmegaConf.select(loaders, "train.dataset") is not None:
+        loaders.train.dataset.names = train
+    if val and OmegaConf.select(loaders, "test.dataset") is not None:
+        loaders.test.dataset.names = val
+    elif not val:
+        loaders.test = loaders.evaluator = None  # the evaluator's names are the loader's
+    if OmegaConf.select(config, "model.num_classes") is not None:
+        config.model.num_classes = len(data.classes)
+
+
+def _set_teacher_classes(model: DictConfig, num_classes: int) -> None:
+    """Gives the teacher the student's number of classes, unless a map says which of its own are the same."""
+    teacher = model.get("teacher")
+    if isinstance(teacher, DictConfig) and "config_file" in teacher and not model.get("class_map"):
+        teacher.opts = teacher_opts(teacher.config_file, teacher.get("opts") or [], num_classes)
 
 
 def with_defaults(config: DictConfig) -> DictConfig:

@@ -20,8 +20,10 @@ from ...config import detector_node, load_config, rates_and_batches
 from ...data.bad_images import EvaluationMapper
 from ...data.evaluators import build_evaluator
 from ...data.loader import build_train_loader
+from ...data.own import OwnData
 from ...data.randomness import seeded
 from ...errors import check_choice
+from ...teacher import teacher_opts
 from ..devices import usable_device
 from ..recipe import Recipe
 
@@ -111,9 +113,30 @@ class YamlRecipe(Recipe):
         return build_evaluator(name, self.evaluation_folder(name))
 
 
-def load_yaml(config_file: str, opts: Sequence[str], eval_only: bool) -> YamlRecipe:
-    """Loads a config with overrides ``KEY value``; without its teacher to evaluate only."""
+def load_yaml(config_file: str, opts: Sequence[str], eval_only: bool, data: Optional[OwnData] = None) -> YamlRecipe:
+    """Loads a config with overrides ``KEY value``; without its teacher to evaluate only.
+
+    Args:
+        config_file: path of the config.
+        opts: the overrides.
+        eval_only: whether the teacher is dropped.
+        data: own data, which the overrides come after.
+    """
     config = load_config(config_file, opts, with_teacher=not eval_only)
+    if data:
+        opts = [*_overrides(config, data), *opts]
+        config = load_config(config_file, opts, with_teacher=not eval_only)
+        distill = config.MODEL.DISTILL
+        if (distill.METHODS or distill.INHERIT) and not distill.CLASS_MAP:
+            distill.TEACHER.OPTS = teacher_opts(distill.TEACHER.CONFIG_FILE, distill.TEACHER.OPTS, len(data.classes))
     config.MODEL.DEVICE = usable_device(config.MODEL.DEVICE)
     config.freeze()
     return YamlRecipe(config, config_file, opts)
+
+
+def _overrides(config: CfgNode, data: OwnData) -> List[str]:
+    """A config's data sets and number of classes for own data, as overrides."""
+    train, val = map(repr, map(tuple, data.names))
+    node = detector_node(config)
+    classes = [f"MODEL.{node}.NUM_CLASSES", str(len(data.classes))] if node else []
+    return ["DATASETS.TEST", val, *(["DATASETS.TRAIN", train] if data.train else []), *classes]
