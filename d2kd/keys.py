@@ -35,6 +35,8 @@ LAZY: Dict[str, str] = {
     "MODEL.FCOS.LOSS_NORMALIZER": "model.loss_normalizer",
     "MODEL.FCOS.SCORE_RULE": "model.score_rule",
     "MODEL.RETINANET.BBOX_REG_LOSS_TYPE": "model.box_reg_loss_type",
+    "MODEL.TIMM.NAME": "model.backbone.bottom_up.name",
+    "MODEL.TIMM.PRETRAINED": "model.backbone.bottom_up.pretrained",
     "MODEL.RESNETS.OUT_FEATURES": "model.backbone.bottom_up.out_features",
     "SOLVER.AMP.ENABLED": "train.amp.enabled",
     "SOLVER.AMP.DTYPE": "train.amp.dtype",
