@@ -197,7 +197,13 @@ class DistillMetaArch(_Student):
             "gradient_period": distill.GRADIENT_PERIOD,
             "sync_normalizer": distill.SYNC_NORMALIZER,
             "teacher": load_teacher(
-                teacher.CONFIG_FILE, teacher.WEIGHTS, teacher.OPTS, when_needed=True, scale=teacher.SCALE
+                teacher.CONFIG_FILE,
+                teacher.WEIGHTS,
+                teacher.OPTS,
+                when_needed=True,
+                dtype=teacher.DTYPE,
+                fold_norms=teacher.FOLD_NORMS,
+                scale=teacher.SCALE,
             )
             if methods or distill.INHERIT
             else None,
