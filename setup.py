@@ -58,5 +58,5 @@ setup(
     # detectron2 is not listed: it has no official release in the package registry. `make setup` installs it, and
     # `import d2kd` says how where it is missing.
     install_requires=requirements("runtime.txt"),
-    extras_require={"dev": requirements("dev.txt")},
+    extras_require={"dev": requirements("dev.txt"), "timm": requirements("timm.txt")},
 )
