@@ -46,7 +46,8 @@ class Saving(hooks.PeriodicCheckpointer):
         is_due = is_last or (iteration + 1) % self.period == 0
         stop = self._watch.stop and not is_last
         if is_due or stop:
-            self._normalizers = comm.all_gather(getattr(self.checkpointer.model, "loss_normalizer", None))
+            normalizer = getattr(self.checkpointer.model, "loss_normalizer", None)
+            self._normalizers = comm.all_gather(None if normalizer is None else float(normalizer))
         if comm.is_main_process():
             super().after_step()
             if stop and not is_due:
