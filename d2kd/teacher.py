@@ -2,13 +2,13 @@
 
 import logging
 import os
-from typing import Any, Dict, List, Optional, Sequence, Tuple, cast
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union, cast
 
 import torch
-from detectron2.config import instantiate
+from detectron2.config import CfgNode, instantiate
 from detectron2.modeling import build_model
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from .checkpoint import load_strict
@@ -170,21 +170,32 @@ def teacher_opts(config_file: str, opts: Sequence[str], num_classes: int) -> Lis
     return [f"MODEL.{node}.NUM_CLASSES", str(num_classes), *opts] if node else list(opts)
 
 
+def read_config(path: str, opts: Sequence[str]) -> Union[CfgNode, DictConfig]:
+    """Reads the config of a teacher, of either style, with overrides and without a teacher of its own.
+
+    Raises:
+        D2kdError: it is not valid, or a LazyConfig without a model.
+    """
+    if not path.endswith(".py"):
+        return load_config(path, opts, with_teacher=False)
+    lazy = read_lazy(path)
+    if "model" not in lazy:
+        raise D2kdError(f"{path} defines no model; a teacher's LazyConfig must")
+    for override in opts:
+        lazy = apply_override(lazy, override)
+    drop_teacher(lazy)
+    return lazy
+
+
 def _build(path: str, opts: Sequence[str], device: str) -> Tuple[nn.Module, str, List[str]]:
     """Builds the detector of a config, without a teacher of its own; returns it, its channel order and class names."""
-    if path.endswith(".py"):
-        lazy = read_lazy(path)
-        if "model" not in lazy:
-            raise D2kdError(f"{path} defines no model; a teacher's LazyConfig must")
-        for override in opts:
-            lazy = apply_override(lazy, override)
-        drop_teacher(lazy)
-        check_nodes(lazy, prefix=THEIRS)
-        check_config(resolved(lazy), is_lazy=True, prefix=THEIRS)
-        detector = instantiate(lazy.model).to(device)
-        check_wiring(detector, THEIRS)
-        return detector, channel_order(detector), []
-    cfg = load_config(path, opts, with_teacher=False)
-    cfg.MODEL.DEVICE = device
-    check_config(cfg, prefix=THEIRS)
-    return build_model(cfg), cfg.INPUT.FORMAT, class_names(cfg)
+    config = read_config(path, opts)
+    if isinstance(config, CfgNode):
+        config.MODEL.DEVICE = device
+        check_config(config, prefix=THEIRS)
+        return build_model(config), config.INPUT.FORMAT, class_names(config)
+    check_nodes(config, prefix=THEIRS)
+    check_config(resolved(config), is_lazy=True, prefix=THEIRS)
+    detector = instantiate(config.model).to(device)
+    check_wiring(detector, THEIRS)
+    return detector, channel_order(detector), []

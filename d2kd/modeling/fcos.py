@@ -216,7 +216,7 @@ class FCOS(OneAnchorDetector, fcos.FCOS):
         box_losses = self._box_losses(anchors, torch.cat(pred_anchor_deltas, dim=1), gt_boxes) * positive
         if self.loss_normalizer_type == "ema":
             # In float64, as the Python number that detectron2 keeps here, for which it waits.
-            normalizer = self._ema_update("loss_normalizer", positive.sum().clamp(min=1).double(), 300)
+            normalizer = self._ema_update("loss_normalizer", positive.sum().clamp(min=1).double(), 300)  # type: ignore[arg-type]
             return _named(cls_loss / normalizer, box_losses.sum() / normalizer, ctr_loss / normalizer)
         num_pos = self._at_least_one(mean_over_workers(positive.sum().float()))
         ctr_sum = mean_over_workers(targets.sum()).clamp(min=1e-6)
