@@ -58,7 +58,8 @@ def _distill_keys() -> CfgNode:
     distill = CfgNode()
     # CONFIG_FILE: a path, relative to the config that names it, or a name of detectron2's model zoo.
     # OPTS: overrides of the teacher's config, ["KEY", "value", ...].
-    distill.TEACHER = CfgNode({"CONFIG_FILE": "", "WEIGHTS": "", "OPTS": []})
+    # DTYPE: float32, bfloat16, float16, or auto, which follows SOLVER.AMP. FOLD_NORMS: see Engine.
+    distill.TEACHER = CfgNode({"CONFIG_FILE": "", "WEIGHTS": "", "OPTS": [], "DTYPE": "float32", "FOLD_NORMS": False})
     distill.METHODS = ()
     # Number of training images on which the teacher is checked before the first iteration; 0 for none.
     # LazyConfig: train.preflight.

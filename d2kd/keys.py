@@ -22,6 +22,8 @@ LAZY: Dict[str, str] = {
     "MODEL.DISTILL.TEACHER.CONFIG_FILE": "model.teacher.config_file",
     "MODEL.DISTILL.TEACHER.WEIGHTS": "model.teacher.weights",
     "MODEL.DISTILL.TEACHER.OPTS": "model.teacher.opts",
+    "MODEL.DISTILL.TEACHER.DTYPE": "model.teacher.dtype",
+    "MODEL.DISTILL.TEACHER.FOLD_NORMS": "model.teacher.fold_norms",
     "MODEL.DISTILL.PREFLIGHT": "train.preflight",
     "MODEL.DISTILL.FEATURES": "model.features",
     "MODEL.DISTILL.CLASS_MAP": "model.class_map",

@@ -182,7 +182,14 @@ class DistillMetaArch(_Student):
             "inherit": distill.INHERIT,
             "gradient_period": distill.GRADIENT_PERIOD,
             "sync_normalizer": distill.SYNC_NORMALIZER,
-            "teacher": load_teacher(teacher.CONFIG_FILE, teacher.WEIGHTS, teacher.OPTS, when_needed=True)
+            "teacher": load_teacher(
+                teacher.CONFIG_FILE,
+                teacher.WEIGHTS,
+                teacher.OPTS,
+                when_needed=True,
+                dtype=teacher.DTYPE,
+                fold_norms=teacher.FOLD_NORMS,
+            )
             if methods or distill.INHERIT
             else None,
         }

@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any, Callable, Dict, Iterator, List, Mapping, Tuple
 
 from .errors import D2kdError, check_choice
+from .inference_copy import DTYPES
 from .keys import LAZY
 
 Test = Callable[[Any], bool]
@@ -217,6 +218,7 @@ CHOICES: Dict[str, Tuple[str, ...]] = {
     "MODEL.RESNETS.NORM MODEL.FPN.NORM MODEL.RETINANET.NORM MODEL.GFL.NORM MODEL.ATSS.NORM MODEL.FCOS.NORM": NORMS,
     "MODEL.TIMM.NORM": TIMM_NORMS,
     "MODEL.FPN.FUSE_TYPE model.backbone.fuse_type": ("sum", "avg"),
+    "MODEL.DISTILL.TEACHER.DTYPE": DTYPES,
     "INPUT.CROP.TYPE": ("relative", "relative_range", "absolute", "absolute_range"),
     "INPUT.MASK_FORMAT": ("polygon", "bitmask"),
     "INPUT.MIN_SIZE_TRAIN_SAMPLING": ("choice", "range"),
