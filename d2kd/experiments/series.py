@@ -312,13 +312,13 @@ def table(
         rows.append({"": label, **first, "iterations": group[0].iterations, **columns})
         if len(group) > 1:
             rows[-1]["AP of each seed"] = " / ".join(f"{n['AP']:.1f}" for n in numbers)
-        if label != baseline and (difference := _difference(runs, label, baseline)):
+        if difference := _difference(runs, group, baseline):
             rows[-1][f"AP - {baseline}"] = difference
     return tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
 
 
-def _difference(runs: Sequence[Run], label: str, baseline: str) -> str:
-    """The paired difference in AP, over the seeds that both labels have."""
-    aps, others = ({run.seed: run.row()["AP"] for run in runs if run.label == name} for name in (label, baseline))
-    seeds = sorted(aps.keys() & others.keys())
-    return str(paired_difference([aps[s] for s in seeds], [others[s] for s in seeds])) if seeds else ""
+def _difference(runs: Sequence[Run], group: Sequence[Run], baseline: str) -> str:
+    """The paired difference in AP from the baseline of the same config, over the seeds that both have; "" for none."""
+    others = {run.seed: run.row()["AP"] for run in runs if run.label == baseline and run.config == group[0].config}
+    pairs = [(run.row()["AP"], others[run.seed]) for run in group if run.seed in others and run.label != baseline]
+    return str(paired_difference(*zip(*pairs))) if pairs else ""
