@@ -59,13 +59,17 @@ def _distill_keys() -> CfgNode:
     # CONFIG_FILE: a path, relative to the config that names it, or a name of detectron2's model zoo.
     # OPTS: overrides of the teacher's config, ["KEY", "value", ...].
     # DTYPE: float32, bfloat16, float16, or auto, which follows SOLVER.AMP. FOLD_NORMS: see Engine.
-    distill.TEACHER = CfgNode({"CONFIG_FILE": "", "WEIGHTS": "", "OPTS": [], "DTYPE": "float32", "FOLD_NORMS": False})
+    # SCALE: how large the teacher sees the images, relative to the student; see load_teacher.
+    distill.TEACHER = CfgNode(
+        {"CONFIG_FILE": "", "WEIGHTS": "", "OPTS": [], "DTYPE": "float32", "FOLD_NORMS": False, "SCALE": 1.0}
+    )
     distill.METHODS = ()
     # Number of training images on which the teacher is checked before the first iteration; 0 for none.
     # LazyConfig: train.preflight.
     distill.PREFLIGHT = PREFLIGHT_IMAGES
-    # For the next five, see DistillMetaArch and Schedule.
+    # For the next six, see DistillMetaArch and Schedule.
     distill.GRADIENT_PERIOD = 0
+    distill.LEVELS = ()
     distill.FEATURES = ()
     distill.CLASS_MAP = ()
     distill.INHERIT = ()

@@ -24,6 +24,8 @@ LAZY: Dict[str, str] = {
     "MODEL.DISTILL.TEACHER.OPTS": "model.teacher.opts",
     "MODEL.DISTILL.TEACHER.DTYPE": "model.teacher.dtype",
     "MODEL.DISTILL.TEACHER.FOLD_NORMS": "model.teacher.fold_norms",
+    "MODEL.DISTILL.TEACHER.SCALE": "model.teacher.scale",
+    "MODEL.DISTILL.LEVELS": "model.levels",
     "MODEL.DISTILL.PREFLIGHT": "train.preflight",
     "MODEL.DISTILL.FEATURES": "model.features",
     "MODEL.DISTILL.CLASS_MAP": "model.class_map",

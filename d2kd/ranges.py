@@ -172,6 +172,8 @@ RANGES: Dict[str, Tuple[Test, str]] = {
         _list_of(lambda x: not isinstance(x, (list, tuple, dict)), empty=True),
         "a list of overrides: KEY, value, ...",
     ),
+    "MODEL.DISTILL.TEACHER.SCALE": (_positive, "above 0"),
+    "MODEL.DISTILL.LEVELS": (_list_of(_text, empty=True), "a list of levels, student's:teacher's"),
     "MODEL.DISTILL.FEATURES": (_list_of(_text, empty=True), "a list of paths of modules"),
     "MODEL.DISTILL.METHODS": (_list_of(_either(_text, lambda x: isinstance(x, dict)), empty=True), "a list of methods"),
     "MODEL.DISTILL.INHERIT": (_list_of(_text, empty=True), "a list of neck and head"),
