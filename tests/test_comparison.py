@@ -1,4 +1,4 @@
-"""Comparisons: rows, the runs they make, pseudo-labels, statistics, and the whole with runs that only pretend to train."""
+"""Comparisons: rows, the runs they make, pseudo-labels, statistics, and the whole with runs that pretend to train."""
 
 import csv
 import json
@@ -121,6 +121,7 @@ def settings(tmp_path, monkeypatch):
     }
 
 
+@pytest.mark.slow
 def test_the_whole(settings, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(comparison, "cost_columns", lambda config, weights, *_: {"GMACs": weights.parent.name})
     methods = ["CrossKD", "same-time", "plain", "pseudo-labels"]
