@@ -78,6 +78,8 @@ def _distill_keys() -> CfgNode:
     )
     # See DistillMetaArch: loss normalizers that do not depend on the number of workers.
     distill.SYNC_NORMALIZER = False
+    # See DistillMetaArch: less memory for more time.
+    distill.RECOMPUTE = False
     for name in method_names():
         distill[name.upper()] = CfgNode({key.upper(): value for key, value in method_defaults(name).items()})
     return distill
