@@ -34,6 +34,7 @@ LAZY: Dict[str, str] = {
     "MODEL.FCOS.SCORE_RULE": "model.score_rule",
     "MODEL.RETINANET.BBOX_REG_LOSS_TYPE": "model.box_reg_loss_type",
     "MODEL.RESNETS.OUT_FEATURES": "model.backbone.bottom_up.out_features",
+    "SOLVER.ACCUMULATE": "train.accumulate",
     "SOLVER.AMP.ENABLED": "train.amp.enabled",
     "SOLVER.AMP.DTYPE": "train.amp.dtype",
     "SOLVER.BASE_LR": "optimizer.lr",

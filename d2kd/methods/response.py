@@ -9,13 +9,12 @@ from typing import Dict
 
 import torch
 import torch.nn.functional as F
-from detectron2.utils import comm
 from torch import Tensor
 
 from ..dense import DenseOutputs, Targets
 from ..errors import check_choice
 from ..losses import BOX_LOSSES, centerness_targets, kd_quality_focal_loss, kl_divergence_loss
-from ..workers import mean_over_workers
+from ..workers import mean_over_workers, num_workers
 from .base import METHOD_REGISTRY, Method
 
 NORMALIZERS = ("positives", "centerness")
@@ -102,4 +101,4 @@ def centerness_sum(student: DenseOutputs, targets: Targets) -> Tensor:
     """
     centerness = centerness_targets(student.anchors, targets.boxes)
     total = mean_over_workers((centerness * targets.positive).sum())
-    return torch.where(total > 0, total, 1 / comm.get_world_size())
+    return torch.where(total > 0, total, 1 / num_workers())
