@@ -159,10 +159,11 @@ def test_padding_adds_no_loss(teacher_files):
     own, teacher, targets = seen[0]
     method = student.distill["crosskd"]
     before = method(own, teacher, targets)
-    outside = (targets.weights == 0).nonzero(as_tuple=True)
-    changed = DenseOutputs(teacher.detector, teacher.features, teacher.predictions, teacher.taps)
-    changed.logits = teacher.logits.clone()
-    changed.logits[outside] += 3
+    shift = teacher.to_maps(3 * (targets.weights == 0))
+    maps = zip(teacher.shared_logit_maps, shift)
+    predictions = ([(level + s.unsqueeze(2)).flatten(1, 2) for level, s in maps], *teacher.predictions[1:])
+    changed = DenseOutputs(teacher.detector, teacher.features, predictions, teacher.taps)
+    assert not torch.equal(changed.logits, teacher.logits)
     after = method(own, changed, targets)
     assert torch.equal(before["loss_crosskd_cls"], after["loss_crosskd_cls"])
     assert (targets.weights[1] == 0).sum() > 0
