@@ -78,6 +78,8 @@ def _distill_keys() -> CfgNode:
     )
     # See DistillMetaArch: loss normalizers that do not depend on the number of workers.
     distill.SYNC_NORMALIZER = False
+    # See DistillMetaArch: less memory for more time.
+    distill.RECOMPUTE = False
     for name in method_names():
         distill[name.upper()] = CfgNode({key.upper(): value for key, value in method_defaults(name).items()})
     return distill
@@ -174,6 +176,8 @@ def load_config(config_file: str, opts: Sequence[str] = (), with_teacher: bool =
         raise D2kdError(f"{' '.join(options)} must come before the overrides KEY VALUE of the config")
     if len(opts) % 2:
         raise D2kdError(f"overrides come in pairs KEY VALUE, but there are {len(opts)}: {' '.join(map(str, opts))}")
+    if "MODEL.TIMM.PRETRAINED" in opts:
+        cfg.MODEL.TIMM.PRETRAINED = None  # so that it may change between True and a path
     with _merging("override", cfg):
         cfg.merge_from_list(list(opts))
     empty = [key for key in _keys(cfg) if key not in MAY_BE_NONE and _value(cfg, key) is None]

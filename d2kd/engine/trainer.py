@@ -82,8 +82,10 @@ class Trainer(DefaultTrainer):
         Returns:
             The last evaluation's results; empty if there was none.
         """
-        num_images = self.recipe.options.preflight if self.start_iter == 0 else 0
-        check_teacher(self.checkpointer.model, self.data_loader, num_images)
+        options = self.recipe.options
+        num_images = options.preflight if self.start_iter == 0 else 0
+        amp_dtype = options.amp_dtype if options.amp else ""
+        check_teacher(self.checkpointer.model, self.data_loader, num_images, amp_dtype)
         with self.watch:
             TrainerBase.train(self, self.start_iter, self.max_iter)
         if self.recipe.get("TEST.EXPECTED_RESULTS") and comm.is_main_process():

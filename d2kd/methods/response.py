@@ -5,7 +5,7 @@ head; here they apply to the student's own, as in Hinton et al. (arXiv 1503.0253
 experiment for CrossKD. There are no published numbers for these settings.
 """
 
-from typing import Dict
+from typing import ClassVar, Dict
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +38,8 @@ class ResponseKD(Method):
             centerness targets of the positives.
         mask_padding: leave out anchors that lie in padding or are ignored.
     """
+
+    reads_maps: ClassVar[bool] = False
 
     def __init__(
         self,
