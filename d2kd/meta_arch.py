@@ -16,7 +16,6 @@ from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, RetinaNet
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import Boxes, ImageList, Instances
-from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, get_event_storage, has_event_storage
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -60,7 +59,7 @@ from .pairing import (
 )
 from .teacher import Teacher, load_teacher
 from .wiring import check_wiring
-from .workers import at_least_one, mean_over_workers
+from .workers import at_least_one, mean_over_workers, num_workers
 
 
 @dataclass
@@ -415,7 +414,7 @@ class DistillMetaArch(_Student):
         losses = self.losses(student.anchors_per_level, logits, labels, deltas, boxes, *rest)
         for name, method in zip(self.distill, self.methods):
             losses.update(self._method_losses(name, method, observation))
-        if self.gradient_period and get_event_storage().iter % self.gradient_period == 0:
+        if self.gradient_period and torch.is_grad_enabled() and get_event_storage().iter % self.gradient_period == 0:
             ratios = gradient_ratios(losses, list(self.distill), student.features)
             get_event_storage().put_scalars(smoothing_hint=False, **{GRADIENT + k: v for k, v in ratios.items()})
         return losses
@@ -466,7 +465,7 @@ class DistillMetaArch(_Student):
     def _ema_update(self, name: str, value: float, initial_value: float, momentum: float = 0.9) -> float:
         if self.sync_normalizer:  # average the counts, not the values: these are 1 for a worker without positives too
             value = at_least_one(mean_over_workers(self._num_pos)).item()
-            initial_value /= comm.get_world_size()
+            initial_value /= num_workers()
         return super()._ema_update(name, value, initial_value, momentum)
 
 
