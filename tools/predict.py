@@ -79,8 +79,9 @@ def predict(args: argparse.Namespace) -> None:
     if not args.weights:
         raise D2kdError("name a checkpoint or an exported file: --weights output/model_final.pth")
     inputs = find_inputs(args.inputs)
-    _, data = data_of(args)
-    predictor = open_predictor(args.weights, args.config_file, args.opts, args.device, data).with_names(args.names)
+    name, data = data_of(args)
+    predictor = open_predictor(args.weights, args.config_file, args.opts, args.device, data)
+    predictor = predictor.with_names(args.names, name)
     written = write_predictions(predictor, inputs, args.output, args.min_score)
     skipped = f"; {len(written.skipped)} images cannot be read" if written.skipped else ""
     print(f"wrote {args.output}: {written.detections} detections in {written.images} images and frames{skipped}")

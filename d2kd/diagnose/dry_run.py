@@ -39,7 +39,8 @@ def dry_run(model: nn.Module, batch: List[Dict[str, Any]]) -> str:
         losses = student.losses_of(observation)
     names = list(student.distill)
     ratios = gradient_ratios(losses, names, observation.student.features)
-    warnings = [f"warning: {text}" for text in weight_warnings(ratios, names)]
+    weights = {name: method.weight for name, method in student.distill.items() if hasattr(method, "weight")}
+    warnings = [f"warning: {text}" for text in weight_warnings(ratios, names, weights)]
     return "\n\n".join([detector_tables(student), method_table(student), loss_table(losses, ratios), *warnings])
 
 

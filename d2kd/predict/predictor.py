@@ -66,19 +66,20 @@ class Predictor:
             )
         return instances
 
-    def with_names(self, names: Sequence[str]) -> "Predictor":
-        """A predictor whose classes have these names, if there are any; numbers where names are unknown.
+    def with_names(self, names: Sequence[str], data_set: str = "") -> "Predictor":
+        """A predictor with other names of classes: given ones, or those of a registered data set.
+
+        Without either, classes whose names are unknown get numbers.
 
         Raises:
             D2kdError: the detector has another number of classes.
         """
+        given = dict(enumerate(names)) or (registered_categories(data_set) if data_set else {})
         count = num_classes(self.model)
-        if names and count not in (None, len(names)):
-            raise D2kdError(
-                f"--names gives {len(names)} names, but the detector has {count} classes; name each of them"
-            )
+        if given and count not in (None, len(given)):
+            raise D2kdError(f"there are {len(given)} names of classes, but the detector has {count} classes; name each")
         numbers = {i: f"class {i}" for i in range(count or 0)}
-        return replace(self, categories=dict(enumerate(names)) or self.categories or numbers)
+        return replace(self, categories=given or self.categories or numbers)
 
 
 def open_predictor(

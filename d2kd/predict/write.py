@@ -107,7 +107,8 @@ def write_predictions(predictor: Predictor, inputs: Sequence[Input], output: Pat
         record.add(image, found, file_name=str(entry.path))
         Image.fromarray(draw(image, found[found.scores >= min_score], metadata)).save(place)
     if not record.images:
-        raise D2kdError(f"{skipped[0]} cannot be read, nor can any other of {len(skipped)} images; fix or replace them")
+        others = f", nor can the other {len(skipped) - 1} images" if len(skipped) > 1 else ""
+        raise D2kdError(f"{skipped[0]} cannot be read{others}; fix or replace them")
     record.write(output)
     return Written(len(record.images), len(record.results), skipped)
 
