@@ -7,7 +7,8 @@ losses). While it trains with methods, it also runs a teacher and adds the losse
 import inspect
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
+from itertools import chain
+from typing import TYPE_CHECKING, Any, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -196,7 +197,13 @@ class DistillMetaArch(_Student):
             "gradient_period": distill.GRADIENT_PERIOD,
             "sync_normalizer": distill.SYNC_NORMALIZER,
             "teacher": load_teacher(
-                teacher.CONFIG_FILE, teacher.WEIGHTS, teacher.OPTS, when_needed=True, scale=teacher.SCALE
+                teacher.CONFIG_FILE,
+                teacher.WEIGHTS,
+                teacher.OPTS,
+                when_needed=True,
+                dtype=teacher.DTYPE,
+                fold_norms=teacher.FOLD_NORMS,
+                scale=teacher.SCALE,
             )
             if methods or distill.INHERIT
             else None,
@@ -271,12 +278,13 @@ class DistillMetaArch(_Student):
         self.teacher.apply_to_tensors(lambda tensor: tensor.to(self.device))
         detectors = (self, self.teacher.architecture)
         images = empty_batch(*detectors)
-        theirs = empty_batch(*detectors, scale=self.teacher.scale)
+        scaled = empty_batch(*detectors, scale=self.teacher.scale)
         nothing = Instances(images.image_sizes[0], gt_boxes=Boxes(images.tensor.new_zeros(0, 4)))
         nothing.gt_classes = torch.zeros(0, dtype=torch.long, device=self.device)
         with EventStorage(), torch.no_grad(), torch.random.fork_rng(devices=[]), evaluation_mode(self):
             student = run_dense(self, images, method.cuts, paths=[own for own, _ in self.paths])
-            teacher = run_dense(detectors[1], theirs, method.cuts, self.teacher.is_dense, [t for _, t in self.paths])
+            paths = [theirs for _, theirs in self.paths]
+            teacher = run_dense(detectors[1], scaled, method.teacher_cuts, self.teacher.is_dense, paths)
             self._match(student, teacher)
             assigned = self.label_anchors(student.anchors_per_level, [nothing])
             return list(method(student, teacher, make_targets(student, images, [nothing], *assigned)))
@@ -343,7 +351,8 @@ class DistillMetaArch(_Student):
         methods = list(self.active_methods().values())
         images = self.preprocess_image(batched_inputs)
         teacher = self.run_teacher(batched_inputs, tuple(images.tensor.shape[-2:]))
-        student = run_dense(self, images, _cuts(methods), paths=[own for own, _ in self.paths] if methods else ())
+        cuts = _all(method.cuts for method in methods)
+        student = run_dense(self, images, cuts, paths=[own for own, _ in self.paths] if methods else ())
         if teacher is not None:
             self._match(student, teacher)
             if not _resizes(methods):
@@ -366,7 +375,8 @@ class DistillMetaArch(_Student):
             return None
         paths = [theirs for _, theirs in self.paths]
         with_head = _reads_head(methods) or any(path.startswith("head") for path in paths)
-        return self.teacher(batched_inputs, channel_order(self), _cuts(methods), with_head, paths, padded_size)
+        cuts = _all(method.teacher_cuts for method in methods)
+        return self.teacher(batched_inputs, channel_order(self), cuts, with_head, paths, padded_size)
 
     def _match(self, student: DenseOutputs, teacher: DenseOutputs) -> None:
         """Says in both outputs which levels and classes are compared."""
@@ -435,8 +445,9 @@ def _options(distill: CfgNode, name: str) -> Dict[str, Any]:
     return {key: distill[name.upper()][key.upper()] for key in method_defaults(name)}
 
 
-def _cuts(methods: Sequence[Method]) -> List[Cut]:
-    return list(dict.fromkeys(cut for method in methods for cut in method.cuts))
+def _all(cuts: Iterable[Sequence[Cut]]) -> List[Cut]:
+    """The cuts of several methods, each once."""
+    return list(dict.fromkeys(chain.from_iterable(cuts)))
 
 
 def _reads_head(methods: Sequence[Method]) -> bool:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from detectron2 import model_zoo
 from detectron2.modeling import build_model
-from small import batch, build, distill_config, gradients, step
+from small import CONFIGS, batch, build, distill_config, gradients, save_teacher, step
 
 from d2kd.config import load_config
 from d2kd.diagnose.dry_run import dry_run
@@ -126,29 +126,22 @@ def test_levels_pair_levels_by_name_and_pkd_resizes(teacher_file):
         ("('p3:p9',)", ["PKD"], "MODEL.DISTILL.LEVELS, a level of the teacher, is 'p9'; use one of p2, p3"),
         ("('p2:p3',)", ["PKD"], "a level of the student, is 'p2'"),
         ("('p3:p2',)", ["MGD"], r"strides \[8\] with levels of strides \[4.0\]; .* such as PKD"),
-        ("(3,)", ["PKD"], "a list of levels"),
     ],
 )
 def test_wrong_levels_are_refused(teacher_file, levels, methods, message):
     with pytest.raises(D2kdError, match=message):
-        from d2kd.relations import check_config
-
-        opts = ["MODEL.DISTILL.LEVELS", levels]
-        check_config(distill_config(teacher_file, *opts))
-        make(teacher_file, *opts, methods=methods)
+        make(teacher_file, "MODEL.DISTILL.LEVELS", levels, methods=methods)
 
 
 def test_levels_and_features_exclude_each_other(teacher_file):
     features = ["MODEL.DISTILL.FEATURES", "('backbone.bottom_up.res4',)"]
     assert step(make(teacher_file, *features), batch())["loss_pkd_feature"] > 0
-    with pytest.raises(D2kdError, match="FEATURES replaces MODEL.DISTILL.LEVELS"):
+    with pytest.raises(D2kdError, match=r"FEATURES replaces MODEL\.DISTILL\.LEVELS"):
         make(teacher_file, *features, "MODEL.DISTILL.LEVELS", "('p3',)")
 
 
 def test_levels_between_dense_detectors(tmp_path):
     """By default two dense detectors must have the same levels; LEVELS pairs others, and head methods read all."""
-    from small import save_teacher
-
     file = save_teacher(tmp_path / "dense.pth")
     student = build(distill_config(file, "MODEL.DISTILL.LEVELS", "('p4', 'p5')", methods=["CrossKD", "PKD"]))
     alone = build(distill_config(file, methods=["CrossKD", "PKD"]))
@@ -172,6 +165,7 @@ def test_a_teacher_needs_a_pyramid(tmp_path):
 @pytest.fixture(scope="module")
 def vitdet():
     """detectron2's stock ViTDet, tiny: it pads to a square."""
+    pytest.importorskip("timm", reason="detectron2's ViT needs timm")
     from detectron2.config import instantiate
 
     model = model_zoo.get_config("common/models/mask_rcnn_vitdet.py").model
@@ -190,7 +184,7 @@ def test_vitdet_pads_to_a_square_and_its_maps_are_cropped(vitdet):
     """The student's batch is 96x128, the teacher's 160x160; both show the images from the same corner."""
     from d2kd import distill
 
-    plain = build_model(load_config("configs/quick_retinanet.yaml", ["MODEL.DEVICE", "cpu"])).train()
+    plain = build_model(load_config(str(CONFIGS / "quick_retinanet.yaml"))).train()
     student = distill(plain, Teacher(vitdet, "BGR"), [PKD(), FitNet()])
     observation = student.observe(batch())
     assert [x.shape[-2:] for x in observation.student.maps] == [x.shape[-2:] for x in observation.teacher.maps]
@@ -233,7 +227,7 @@ def test_maps_of_a_scaled_teacher_have_the_students_sizes(teacher_file, method, 
 
 def test_scales_without_equal_strides_need_levels_and_a_method_that_resizes(teacher_file):
     scale = ["MODEL.DISTILL.TEACHER.SCALE", "1.5"]
-    with pytest.raises(D2kdError, match="so none is paired; name pairs in MODEL.DISTILL.LEVELS"):
+    with pytest.raises(D2kdError, match=r"so none is paired; name pairs in MODEL\.DISTILL\.LEVELS"):
         make(teacher_file, *scale)
     student = make(teacher_file, *scale, "MODEL.DISTILL.LEVELS", "('p3:p3', 'p4:p5')")
     assert [pair.ratio for pair in student.level_pairs] == pytest.approx([1.5, 0.75])
@@ -242,8 +236,6 @@ def test_scales_without_equal_strides_need_levels_and_a_method_that_resizes(teac
 
 @pytest.mark.parametrize("method", ["CrossKD", "ResponseKD", "LD"])
 def test_methods_that_read_heads_refuse_a_scaled_teacher(tmp_path, method):
-    from small import save_teacher
-
     file = save_teacher(tmp_path / "dense.pth")
     scaled = ["MODEL.DISTILL.TEACHER.SCALE", "2.0"]
     with pytest.raises(D2kdError, match=f"{method} compares predictions of equal levels, but at .*SCALE 2 "):
