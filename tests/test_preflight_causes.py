@@ -23,7 +23,7 @@ from d2kd.data.loader import build_train_loader
 from d2kd.diagnose.preflight import check_teacher
 from d2kd.errors import D2kdError
 
-IMAGES, SIZE, ITERATIONS = 6, 96, 80
+IMAGES, SIZE, ITERATIONS = 6, 96, 120
 BN = ("MODEL.RESNETS.NORM", "BN")
 
 

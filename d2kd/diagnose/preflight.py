@@ -6,8 +6,9 @@ other anchors and box coders and other statistics of BatchNorm, and parts of its
 the cause only if the teacher's AP comes back with it.
 """
 
+import contextlib
 import logging
-from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Sequence, Tuple
 
 from detectron2.utils import comm
 from tabulate import tabulate
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from ..complexity import num_parameters
 from ..contract import channel_order, num_classes
 from ..data.loader import SeededDataset
-from ..errors import D2kdError
+from ..errors import D2kdError, known_mistakes
 from ..keys import key, setting
 from ..meta_arch import DistillMetaArch
 from ..teacher import Teacher
@@ -29,11 +30,12 @@ from .variants import ANY_CLASS, Measured, Variant, class_variants, norm_variant
 # shuffled, a random network's at least 0.96 times.
 CLEARLY_LOWER = 0.95
 MOST_IMAGES = 0.8  # of those on which the two differ
-# In percent. Networks with random weights stay far below.
-WEAK_AP50 = 10.0
-# A teacher whose AP is a smaller share of its AP50 localizes badly.
+# AP50 in percent, on training images. A teacher below the first is examined; networks with random weights stay far
+# below the second, so a way with less restores nothing.
+WEAK_AP50, RANDOM_AP50 = 25.0, 10.0
+# A teacher whose AP is a smaller share of its AP50 localizes badly, and is examined too.
 IMPRECISE = 0.45
-# AP comes back in a way in which it is so many times the configured one, and so many points above it.
+# A way restores AP if AP is so many times the configured one, and so many points above it.
 RESTORED, POINTS = 1.25, 3.0
 
 _LOG = logging.getLogger(__name__)
@@ -125,7 +127,14 @@ def look(sample: Sample, teacher: Teacher) -> List[Measured]:
         _LOG.info("The teacher detects badly (AP %.1f, AP50 %.1f); looking for the cause", ways[0].ap, ways[0].ap50)
         others += [*size_variants(teacher), *norm_variants(sample, teacher)]
         others += [*anchor_variants(teacher), *coder_variants(teacher)] if teacher.is_dense else []
-    return [*ways, *(variant.measured(sample) for variant in others)]
+    return [*ways, *measurable(sample, others)]
+
+
+def measurable(sample: Sample, variants: Sequence[Variant]) -> Iterator[Measured]:
+    """Measures those ways that the teacher can be used in: it may have norms that small images are too small for."""
+    for variant in variants:
+        with contextlib.suppress(D2kdError), known_mistakes():
+            yield variant.measured(sample)
 
 
 def is_doubtful(way: Measured) -> bool:
@@ -141,7 +150,7 @@ def cause_of(ways: Sequence[Measured]) -> Measured:
 
 def restores(way: Measured, configured: Measured) -> bool:
     """Whether AP comes back in a way."""
-    if way.ap < RESTORED * configured.ap + POINTS or is_doubtful(way):
+    if way.ap < RESTORED * configured.ap + POINTS or way.ap50 < RANDOM_AP50:
         return False
     # Ignoring classes raises the AP of many a sound teacher.
     return way.variant.label != ANY_CLASS or clearly_lower(way.losses, configured.losses)
