@@ -4,6 +4,7 @@
 losses). While it trains with methods, it also runs a teacher and adds the losses that the methods compute from both.
 """
 
+import copy
 import inspect
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,12 +16,12 @@ from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, RetinaNet
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import Boxes, ImageList, Instances
-from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, get_event_storage, has_event_storage
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .contract import AnchorGenerator, BoxCoder, channel_order, check_contract, num_classes
-from .dense import DenseOutputs, Targets, evaluation_mode, make_targets, run_dense
+from .dense import DenseOutputs, Targets, evaluation_mode, make_targets, run_dense, upload
 from .diagnose.gradients import GRADIENT, gradient_ratios
 from .errors import D2kdError, nearest
 from .heads import Cut
@@ -58,7 +59,7 @@ from .pairing import (
 )
 from .teacher import Teacher, load_teacher
 from .wiring import check_wiring
-from .workers import at_least_one, mean_over_workers
+from .workers import at_least_one, mean_over_workers, num_workers
 
 
 @dataclass
@@ -132,6 +133,8 @@ class DistillMetaArch(_Student):
             them by a running mean of each worker's own number of positive anchors (detectron2); True averages it over
             all workers. GFL, ATSS and FCOS "batch" divide by averages over workers that are clamped to at least 1, as
             published; True clamps their sum instead.
+        recompute: do not keep what the methods compute until the backward pass, but compute it again there: less memory
+            for more time, with the same gradients.
         detector: an existing detector to become a student, see :func:`distill`.
         **student: without ``detector``, arguments of the student's class.
 
@@ -155,6 +158,7 @@ class DistillMetaArch(_Student):
         inherit: Sequence[str] = (),
         gradient_period: int = 0,
         sync_normalizer: bool = False,
+        recompute: bool = False,
         detector: Optional[DenseDetector] = None,
         **student: Any,
     ) -> None:
@@ -164,6 +168,7 @@ class DistillMetaArch(_Student):
             self._become(detector, student)
         self.gradient_period = gradient_period
         self.sync_normalizer = sync_normalizer
+        self.recompute = recompute
         self.teacher = teacher
         check_unique([type(method).__name__ for method in methods])
         self.distill = nn.ModuleDict({type(method).__name__.lower(): method for method in methods})
@@ -173,6 +178,7 @@ class DistillMetaArch(_Student):
         self.level_pairs: List[LevelPair] = []
         #: Indices of the shared classes in student and teacher; None if their classes are the same.
         self.shared_classes: Optional[Tuple[List[int], List[int]]] = None
+        self._class_tensors: Optional[List[Tensor]] = None
         self._loss_names: Dict[str, List[str]] = {}  # of methods that end
         self._not_inherited: Optional[D2kdError] = None
         if methods or inherit:
@@ -196,6 +202,7 @@ class DistillMetaArch(_Student):
             "inherit": distill.INHERIT,
             "gradient_period": distill.GRADIENT_PERIOD,
             "sync_normalizer": distill.SYNC_NORMALIZER,
+            "recompute": distill.RECOMPUTE,
             "teacher": load_teacher(
                 teacher.CONFIG_FILE,
                 teacher.WEIGHTS,
@@ -325,7 +332,19 @@ class DistillMetaArch(_Student):
         if not self.training:
             return super().forward(batched_inputs)
         with self._event_storage():
-            return self.losses_of(self.observe(batched_inputs)) if self.distill else super().forward(batched_inputs)
+            if not self.distill:
+                return super().forward(batched_inputs)
+            observation = self.observe(batched_inputs)
+            self._free_maps(observation.teacher)
+            return self.losses_of(observation)
+
+    def _free_maps(self, teacher: Optional[DenseOutputs]) -> None:
+        """Frees the teacher's maps before the losses are computed, which need most memory, if no method reads them."""
+        methods = list(self.active_methods().values())
+        if teacher is not None and not any(method.reads_maps for method in methods):
+            for method in methods:
+                method.note(teacher)
+            teacher.free_maps()
 
     @contextmanager
     def _event_storage(self) -> Iterator[None]:
@@ -348,6 +367,7 @@ class DistillMetaArch(_Student):
         """
         if "instances" not in batched_inputs[0]:
             raise D2kdError("the training images carry no annotations ('instances')")
+        batched_inputs = upload(batched_inputs, self.device)  # once for both detectors
         methods = list(self.active_methods().values())
         images = self.preprocess_image(batched_inputs)
         teacher = self.run_teacher(batched_inputs, tuple(images.tensor.shape[-2:]))
@@ -357,7 +377,7 @@ class DistillMetaArch(_Student):
             self._match(student, teacher)
             if not _resizes(methods):
                 check_sizes(student, teacher)
-        instances = [x["instances"].to(self.device) for x in batched_inputs]
+        instances = [x["instances"] for x in batched_inputs]
         assigned = self.label_anchors(student.anchors_per_level, instances)
         return Observation(images, student, teacher, make_targets(student, images, instances, *assigned))
 
@@ -382,8 +402,10 @@ class DistillMetaArch(_Student):
         """Says in both outputs which levels and classes are compared."""
         select_levels(student, teacher, self.level_pairs)
         if self.shared_classes is not None:
-            for outputs, classes in zip((student, teacher), self.shared_classes):
-                outputs.classes = torch.tensor(classes, dtype=torch.long, device=self.device)
+            if self._class_tensors is None or self._class_tensors[0].device != self.device:
+                self._class_tensors = [torch.tensor(x, device=self.device).long() for x in self.shared_classes]
+            for outputs, classes in zip((student, teacher), self._class_tensors):
+                outputs.classes = classes
 
     def losses_of(self, observation: Observation) -> Dict[str, Tensor]:
         """The student's own losses and those of the methods, scalars.
@@ -396,7 +418,7 @@ class DistillMetaArch(_Student):
         losses = self.losses(student.anchors_per_level, logits, labels, deltas, boxes, *rest)
         for name, method in zip(self.distill, self.methods):
             losses.update(self._method_losses(name, method, observation))
-        if self.gradient_period and get_event_storage().iter % self.gradient_period == 0:
+        if self.gradient_period and torch.is_grad_enabled() and get_event_storage().iter % self.gradient_period == 0:
             ratios = gradient_ratios(losses, list(self.distill), student.features)
             get_event_storage().put_scalars(smoothing_hint=False, **{GRADIENT + k: v for k, v in ratios.items()})
         return losses
@@ -405,8 +427,21 @@ class DistillMetaArch(_Student):
         if observation.teacher is None or self._has_ended(name):
             return dict.fromkeys(self._loss_names[name], self._connected_zero(method))
         weight = self.schedules[name].weight(get_event_storage().iter) if name in self.schedules else 1.0
-        losses = method(observation.student, observation.teacher, observation.targets)
+        losses = self._run_method(method, observation.student, observation.teacher, observation.targets)
         return {key: weight * value for key, value in losses.items()}
+
+    def _run_method(
+        self, method: Method, student: DenseOutputs, teacher: DenseOutputs, targets: Targets
+    ) -> Dict[str, Tensor]:
+        if not (self.recompute and torch.is_grad_enabled()):
+            return method(student, teacher, targets)
+
+        def run(_: Tensor) -> Dict[str, Tensor]:
+            # Copies, so that what they cache does not stay, and is computed again.
+            return method(copy.copy(student), copy.copy(teacher), targets)
+
+        # The tensor tells which device's random state is to be restored.
+        return checkpoint(run, targets.labels, use_reentrant=False)
 
     def _connected_zero(self, method: Method) -> Tensor:
         """A zero that depends on all parameters of a method, as DistributedDataParallel expects in every step."""
@@ -431,10 +466,10 @@ class DistillMetaArch(_Student):
         self._num_pos = ((labels >= 0) & (labels < self.num_classes)).sum().float()
         return super().losses(anchors, pred_logits, gt_labels, *rest)
 
-    def _ema_update(self, name: str, value: float, initial_value: float, momentum: float = 0.9) -> float:
+    def _ema_update(self, name: str, value: Any, initial_value: float, momentum: float = 0.9) -> Any:
         if self.sync_normalizer:  # average the counts, not the values: these are 1 for a worker without positives too
-            value = at_least_one(mean_over_workers(self._num_pos)).item()
-            initial_value /= comm.get_world_size()
+            value = at_least_one(mean_over_workers(self._num_pos)).double()  # not .item(), which waits
+            initial_value /= num_workers()
         return super()._ema_update(name, value, initial_value, momentum)
 
 

@@ -22,6 +22,7 @@ from ..keys import key, setting
 from ..meta_arch import DistillMetaArch
 from ..teacher import Teacher
 from .geometry import anchor_variants, coder_variants, size_variants
+from .reduced_teacher import check_precision
 from .sample import ImageResult, Sample, at_scale, draw
 from .variants import ANY_CLASS, Measured, Variant, class_variants, norm_variants, pixel_variants, shuffled
 
@@ -30,6 +31,7 @@ from .variants import ANY_CLASS, Measured, Variant, class_variants, norm_variant
 # shuffled, a random network's at least 0.96 times.
 CLEARLY_LOWER = 0.95
 MOST_IMAGES = 0.8  # of those on which the two differ
+PRECISION_IMAGES = 4  # on which the gradients of a teacher in reduced precision are compared
 # AP50 in percent, on training images. A teacher below the first is examined; networks with random weights stay far
 # below the second, so a way with less restores nothing.
 WEAK_AP50, RANDOM_AP50 = 25.0, 10.0
@@ -68,7 +70,7 @@ def _skip() -> str:
     return f"{setting('MODEL.DISTILL.PREFLIGHT', 0)} skips this check"
 
 
-def check_teacher(model: nn.Module, loader: Any, num_images: int) -> None:
+def check_teacher(model: nn.Module, loader: Any, num_images: int, amp_dtype: str = "") -> None:
     """Loads a student's teacher if necessary, and checks it on rank 0, which logs a report; the other ranks wait.
 
     Training is the same with and without this check.
@@ -77,6 +79,7 @@ def check_teacher(model: nn.Module, loader: Any, num_images: int) -> None:
         model: the student, not wrapped. Other models are not checked.
         loader: d2kd's training loader.
         num_images: number of images to use, spread evenly over the training set; 0 only loads the teacher.
+        amp_dtype: type of mixed precision in training, "" for none.
 
     Raises:
         D2kdError: on all ranks: the teacher cannot be loaded or is clearly broken; names the cause.
@@ -96,6 +99,10 @@ def check_teacher(model: nn.Module, loader: Any, num_images: int) -> None:
     verdict = comm.all_gather(verdict)[0]
     if verdict:
         raise D2kdError(verdict)
+    dataset = getattr(loader, "dataset", None)
+    if model.teacher.engine.makes_copies and isinstance(dataset, SeededDataset):
+        images = draw(dataset, min(num_images, PRECISION_IMAGES), range(model.num_classes))
+        check_precision(model, images, amp_dtype)
 
 
 def examine(model: DistillMetaArch, dataset: Any, num_images: int) -> None:
