@@ -127,8 +127,14 @@ def examine(model: DistillMetaArch, dataset: Any, num_images: int) -> None:
 
 
 def look(sample: Sample, teacher: Teacher) -> List[Measured]:
-    """Measures a teacher as configured, and then in other ways; in all of them if it detects badly."""
+    """Measures a teacher as configured, and then in other ways; in all of them if it detects badly.
+
+    Raises:
+        D2kdError: its outputs are not finite.
+    """
     ways = [Variant("as configured", "", teacher).measured(sample)]
+    if not ways[0].losses.isfinite().all():
+        raise D2kdError(f"the teacher's outputs are not finite: its weights hold NaN or infinity; {_skip()}")
     others = [*pixel_variants(teacher), *(class_variants(sample, teacher) if teacher.is_dense else [])]
     if is_doubtful(ways[0]):
         _LOG.info("The teacher detects badly (AP %.1f, AP50 %.1f); looking for the cause", ways[0].ap, ways[0].ap50)
@@ -157,7 +163,7 @@ def cause_of(ways: Sequence[Measured]) -> Measured:
 
 def restores(way: Measured, configured: Measured) -> bool:
     """Whether AP comes back in a way."""
-    if way.ap < RESTORED * configured.ap + POINTS or way.ap50 < RANDOM_AP50:
+    if way.ap < RESTORED * configured.ap + POINTS or way.ap50 < RANDOM_AP50 or way.ap < IMPRECISE * way.ap50:
         return False
     # Ignoring classes raises the AP of many a sound teacher.
     return way.variant.label != ANY_CLASS or clearly_lower(way.losses, configured.losses)
@@ -187,8 +193,6 @@ def judge(ways: Sequence[Measured], parts: Sequence[Tuple[Part, Tensor, Measured
         class_is_read: whether a method reads class predictions; otherwise wrong classes are only a warning.
     """
     configured, cause = ways[0], cause_of(ways)
-    if not configured.losses.isfinite().all():
-        raise D2kdError(f"the teacher's outputs are not finite: its weights hold NaN or infinity; {_skip()}")
     if cause is not configured:
         verdict = f"{cause.variant.diagnosis} (AP {cause.ap:.1f} then, {configured.ap:.1f} now); {_skip()}"
         if class_is_read or not cause.variant.of_classes:
