@@ -97,6 +97,13 @@ KNOWN_MISTAKES = [
         ),
     ),
     KnownMistake(
+        OSError,
+        "No space left on device|Disk quota exceeded|File too large",
+        lambda found: (
+            f"the disk is full ({found[0]}); free some space, then --resume continues from the last checkpoint"
+        ),
+    ),
+    KnownMistake(
         KeyError,
         r"No object named '(.*)' found in '(META_ARCH|BACKBONE|ANCHOR_GENERATOR)' registry",
         lambda found: (
