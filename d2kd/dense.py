@@ -3,20 +3,23 @@
 Shapes: N images, L levels, R anchors over all levels, A anchors per place, K classes, D numbers per box prediction.
 """
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, ContextManager, Dict, Iterator, List, Optional, Sequence, Tuple, TypeVar, cast
 
 import torch
+import torch.nn.functional as F
 from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor
 
-from .contract import Dense, Features, Network, Pyramid, level_strides
+from .contract import Dense, Features, Network, Pyramid, level_names, level_strides
 from .heads import Cut, tap_modules, tap_towers
 from .modeling.boxes import decode_boxes
 from .workers import mean_over_workers
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -24,13 +27,15 @@ class DenseOutputs:
     """Outputs of one detector for one batch: the student's, the teacher's or a cross head's.
 
     Attributes:
-        detector: the one that made the predictions; its anchors and box coder belong to them.
+        detector: the one that made the predictions; its anchors and box coder belong to them. Without predictions it
+            may be no more than a :class:`Pyramid`.
         features: FPN features, per level (N, C, Hi, Wi).
         predictions: raw outputs of the head: logits, box predictions and any others, each a list of (N, A*?, Hi, Wi)
             per level; empty if the head did not run.
         taps: class and box tower features at each tapped cut.
         tapped_maps: outputs of the modules in MODEL.DISTILL.FEATURES.
         classes: classes that student and teacher share, (S,) int64, in the same order for both; None for all.
+        levels: indices of the levels that feature methods compare, in the same order for both; None for all.
     """
 
     detector: Dense
@@ -39,11 +44,16 @@ class DenseOutputs:
     taps: Dict[Cut, Tuple[Features, Features]] = field(default_factory=dict)
     tapped_maps: Features = field(default_factory=list)
     classes: Optional[Tensor] = None
+    levels: Optional[Sequence[int]] = None
 
     @property
     def maps(self) -> Features:
         """What feature methods compare, each (N, C, H, W): MODEL.DISTILL.FEATURES, by default the FPN features."""
-        return self.tapped_maps or self.features
+        return self.tapped_maps or self.compared(self.features)
+
+    def compared(self, per_level: List[T]) -> List[T]:
+        """Those elements of a list over levels that belong to the levels that feature methods compare."""
+        return per_level if self.levels is None else [per_level[i] for i in self.levels]
 
     def towers(self, cut: Cut) -> Tuple[Features, Features]:
         """Class and box tower features at a cut, per level (N, C, Hi, Wi); the FPN features at cut 0."""
@@ -140,8 +150,22 @@ def preprocess(detector: Pyramid, batched_inputs: List[Dict[str, Any]], flip_cha
     return detector.preprocess_image(batched_inputs)
 
 
+def resized(image: Tensor, scale: float) -> Tensor:
+    """Resizes a raw image (3, H, W) to ``scale`` times its size, rounded down, bilinearly; float32.
+
+    A point (x, y) of the image is at exactly (scale * x, scale * y) of the result.
+    """
+    return F.interpolate(
+        image[None].float(),
+        scale_factor=scale,
+        mode="bilinear",
+        recompute_scale_factor=False,  # would stretch what rounding cut off, and shift points
+        antialias=scale < 1,
+    )[0]
+
+
 def run_dense(
-    detector: Dense,
+    detector: Pyramid,
     images: ImageList,
     cuts: Sequence[Cut] = (),
     with_head: bool = True,
@@ -153,14 +177,18 @@ def run_dense(
         detector: student or teacher.
         images: from :func:`preprocess`.
         cuts: which tower features to keep; cut 0 costs nothing.
-        with_head: whether to run the head after the backbone.
+        with_head: whether to run the head after the backbone, which a :class:`Dense` detector has.
         paths: modules whose outputs to keep, see :func:`tap_modules`.
     """
-    with tap_modules(detector, paths) as maps, tap_towers(detector.head, [c for c in cuts if c.convs > 0]) as taps:
+    dense = cast(Dense, detector)
+    tapping: ContextManager[Dict[Cut, Tuple[Features, Features]]] = nullcontext({})
+    if with_head:
+        tapping = tap_towers(dense.head, [c for c in cuts if c.convs > 0])
+    with tap_modules(detector, paths) as maps, tapping as taps:
         levels = detector.backbone(images.tensor)
-        features = [levels[name] for name in detector.head_in_features]
-        predictions = tuple(detector.head(features)) if with_head else ()
-    return DenseOutputs(detector, features, predictions, taps, [x for found in maps for x in found])
+        features = [levels[name] for name in level_names(detector)]
+        predictions = tuple(dense.head(features)) if with_head else ()
+    return DenseOutputs(dense, features, predictions, taps, [x for found in maps for x in found])
 
 
 @contextmanager

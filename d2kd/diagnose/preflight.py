@@ -13,13 +13,13 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from ..complexity import num_parameters
-from ..contract import channel_order
+from ..contract import channel_order, num_classes
 from ..data.loader import SeededDataset
 from ..errors import D2kdError
 from ..keys import key, setting
 from ..meta_arch import DistillMetaArch
 from ..teacher import Teacher
-from .sample import Sample, average_precision, draw
+from .sample import Sample, at_scale, average_precision, draw
 from .variants import Variant, class_variants, pixel_variants, shuffled
 
 # A loss is clearly lower than another if its mean is below this fraction of the other's, and most images agree.
@@ -61,7 +61,8 @@ def check_teacher(model: nn.Module, loader: Any, num_images: int) -> None:
     verdict = ""
     if comm.is_main_process():
         try:
-            examine(model, getattr(loader, "dataset", None), num_images)
+            with model.teacher.engine.exact():
+                examine(model, getattr(loader, "dataset", None), num_images)
         except D2kdError as error:
             verdict = str(error)
     verdict = comm.all_gather(verdict)[0]
@@ -78,10 +79,14 @@ def examine(model: DistillMetaArch, dataset: Any, num_images: int) -> None:
         reason = "the data loader is not d2kd's" if own else "it has other classes than the student"
         _LOG.warning("Whether the teacher detects anything was not checked: %s.", reason)
         return
-    sample = Sample(draw(dataset, num_images, own), channel_order(model), own, theirs)
-    precision = average_precision(sample, model.teacher)
-    best, losses = look(sample, model.teacher)
-    numbers = {"AP, AP50": "{:.1f}, {:.1f}".format(*precision), "detection loss": ""}
+    images, teacher = draw(dataset, num_images, own), model.teacher
+    if teacher.scale != 1:  # judged in its own pixels
+        images, teacher = at_scale(images, teacher.scale), Teacher(teacher.network, teacher.input_format)
+    sample = Sample(images, channel_order(model), own, theirs)
+    precision = average_precision(sample, teacher)
+    best, losses = look(sample, teacher)
+    what = "detection loss" if teacher.is_dense else "1 - AP of boxes without classes"
+    numbers = {"AP, AP50": "{:.1f}, {:.1f}".format(*precision), what: ""}
     numbers.update({f"  {label}": f"{values.mean():.3f}" for label, values in losses.items()})
     report({**description(model.teacher), **numbers, "images": f"{len(sample.images)} of the training set"})
     is_weak = precision[1] < WEAK_AP50
@@ -98,7 +103,7 @@ def look(sample: Sample, teacher: Teacher) -> Tuple[Variant, Dict[str, Tensor]]:
         first as configured, then in the other ways, and last in the best way with each of ``PARTS`` shuffled.
     """
     configured = Variant("as configured", "", teacher)
-    others = [*pixel_variants(teacher), *class_variants(sample, teacher)]
+    others = [*pixel_variants(teacher), *(class_variants(sample, teacher) if teacher.is_dense else [])]
     losses = {variant.label: variant.losses(sample) for variant in [configured, *others]}
     better = [v for v in others if clearly_lower(losses[v.label], losses[configured.label])]
     best = min([configured, *better], key=lambda variant: float(losses[variant.label].mean()))
@@ -144,7 +149,7 @@ def shared_classes(model: DistillMetaArch, teacher: Teacher) -> Tuple[List[int],
     """Indices of the shared classes in student and teacher; none if their numbers of classes differ."""
     if model.shared_classes is not None:
         return model.shared_classes
-    same = range(model.num_classes if model.num_classes == teacher.detector.num_classes else 0)
+    same = range(model.num_classes if model.num_classes == num_classes(teacher.detector) else 0)
     return list(same), list(same)
 
 
@@ -155,7 +160,7 @@ def description(teacher: Teacher) -> Dict[str, str]:
     tensors = sum(not name.endswith("num_batches_tracked") for name in detector.state_dict())
     mean, std = ([round(x, 3) for x in v.flatten().tolist()] for v in (detector.pixel_mean, detector.pixel_std))
     return {
-        "detector": f"{type(detector).__name__}, {detector.num_classes} classes",
+        "detector": f"{type(detector).__name__}, {num_classes(detector)} classes",
         "weights": f"{teacher.weights}: all {tensors} tensors matched, none missing"
         if teacher.weights
         else "set in Python",

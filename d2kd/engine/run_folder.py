@@ -3,7 +3,10 @@
 import json
 import logging
 import os
+import shlex
+import sys
 import tempfile
+import time
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, ContextManager, Dict, List, Optional
@@ -84,7 +87,9 @@ class RunFolder:
         return seed if type(seed) is int else -1
 
     def record(self, sources: Sources) -> None:
-        """Writes run.json (the config), teacher.json and data.json, and removes partial files of a killed process.
+        """Writes run.json (the config), teacher.json and data.json, and adds the command to commands.txt.
+
+        It also removes partial files of a killed process.
 
         Args:
             sources: what the run learns from.
@@ -98,6 +103,9 @@ class RunFolder:
             path = os.path.join(self.path, name)
             with report_write_errors(path):
                 files.write_text(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
+        commands = os.path.join(self.path, "commands.txt")
+        with report_write_errors(commands), open(commands, "a", encoding="utf-8") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(['python', *sys.argv])}\n")
 
     @property
     def _config_file(self) -> str:
