@@ -35,6 +35,7 @@ class DenseOutputs:
         taps: class and box tower features at each tapped cut.
         tapped_maps: outputs of the modules in MODEL.DISTILL.FEATURES.
         classes: classes that student and teacher share, (S,) int64, in the same order for both; None for all.
+        notes: what methods have read of the maps and need again, by keys of their own.
         levels: indices of the levels that feature methods compare, in the same order for both; None for all.
     """
 
@@ -45,6 +46,13 @@ class DenseOutputs:
     tapped_maps: Features = field(default_factory=list)
     classes: Optional[Tensor] = None
     levels: Optional[Sequence[int]] = None
+    notes: Dict[Any, Any] = field(default_factory=dict)
+
+    def free_maps(self) -> None:
+        """Frees features and taps; predictions, anchors and shapes stay. Reading a feature is then an error."""
+        self.anchors_per_level = self.anchors_per_level  # cached, so that no generator sees what follows
+        self.features = [torch.empty_like(level, device="meta") for level in self.features]
+        self.taps, self.tapped_maps = {}, []
 
     @property
     def maps(self) -> Features:

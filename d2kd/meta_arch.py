@@ -4,6 +4,7 @@
 losses). While it trains with methods, it also runs a teacher and adds the losses that the methods compute from both.
 """
 
+import copy
 import inspect
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,9 +16,9 @@ from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, RetinaNet
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import Boxes, ImageList, Instances
-from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, get_event_storage, has_event_storage
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .contract import AnchorGenerator, BoxCoder, channel_order, check_contract, num_classes
 from .dense import DenseOutputs, Targets, evaluation_mode, make_targets, run_dense
@@ -58,7 +59,7 @@ from .pairing import (
 )
 from .teacher import Teacher, load_teacher
 from .wiring import check_wiring
-from .workers import at_least_one, mean_over_workers
+from .workers import at_least_one, mean_over_workers, num_workers
 
 
 @dataclass
@@ -132,6 +133,8 @@ class DistillMetaArch(_Student):
             them by a running mean of each worker's own number of positive anchors (detectron2); True averages it over
             all workers. GFL, ATSS and FCOS "batch" divide by averages over workers that are clamped to at least 1, as
             published; True clamps their sum instead.
+        recompute: do not keep what the methods compute until the backward pass, but compute it again there: less memory
+            for more time, with the same gradients.
         detector: an existing detector to become a student, see :func:`distill`.
         **student: without ``detector``, arguments of the student's class.
 
@@ -155,6 +158,7 @@ class DistillMetaArch(_Student):
         inherit: Sequence[str] = (),
         gradient_period: int = 0,
         sync_normalizer: bool = False,
+        recompute: bool = False,
         detector: Optional[DenseDetector] = None,
         **student: Any,
     ) -> None:
@@ -164,6 +168,7 @@ class DistillMetaArch(_Student):
             self._become(detector, student)
         self.gradient_period = gradient_period
         self.sync_normalizer = sync_normalizer
+        self.recompute = recompute
         self.teacher = teacher
         check_unique([type(method).__name__ for method in methods])
         self.distill = nn.ModuleDict({type(method).__name__.lower(): method for method in methods})
@@ -196,6 +201,7 @@ class DistillMetaArch(_Student):
             "inherit": distill.INHERIT,
             "gradient_period": distill.GRADIENT_PERIOD,
             "sync_normalizer": distill.SYNC_NORMALIZER,
+            "recompute": distill.RECOMPUTE,
             "teacher": load_teacher(
                 teacher.CONFIG_FILE,
                 teacher.WEIGHTS,
@@ -325,7 +331,19 @@ class DistillMetaArch(_Student):
         if not self.training:
             return super().forward(batched_inputs)
         with self._event_storage():
-            return self.losses_of(self.observe(batched_inputs)) if self.distill else super().forward(batched_inputs)
+            if not self.distill:
+                return super().forward(batched_inputs)
+            observation = self.observe(batched_inputs)
+            self._free_maps(observation.teacher)
+            return self.losses_of(observation)
+
+    def _free_maps(self, teacher: Optional[DenseOutputs]) -> None:
+        """Frees the teacher's maps before the losses are computed, which need most memory, if no method reads them."""
+        methods = list(self.active_methods().values())
+        if teacher is not None and not any(method.reads_maps for method in methods):
+            for method in methods:
+                method.note(teacher)
+            teacher.free_maps()
 
     @contextmanager
     def _event_storage(self) -> Iterator[None]:
@@ -396,7 +414,7 @@ class DistillMetaArch(_Student):
         losses = self.losses(student.anchors_per_level, logits, labels, deltas, boxes, *rest)
         for name, method in zip(self.distill, self.methods):
             losses.update(self._method_losses(name, method, observation))
-        if self.gradient_period and get_event_storage().iter % self.gradient_period == 0:
+        if self.gradient_period and torch.is_grad_enabled() and get_event_storage().iter % self.gradient_period == 0:
             ratios = gradient_ratios(losses, list(self.distill), student.features)
             get_event_storage().put_scalars(smoothing_hint=False, **{GRADIENT + k: v for k, v in ratios.items()})
         return losses
@@ -405,8 +423,21 @@ class DistillMetaArch(_Student):
         if observation.teacher is None or self._has_ended(name):
             return dict.fromkeys(self._loss_names[name], self._connected_zero(method))
         weight = self.schedules[name].weight(get_event_storage().iter) if name in self.schedules else 1.0
-        losses = method(observation.student, observation.teacher, observation.targets)
+        losses = self._run_method(method, observation.student, observation.teacher, observation.targets)
         return {key: weight * value for key, value in losses.items()}
+
+    def _run_method(
+        self, method: Method, student: DenseOutputs, teacher: DenseOutputs, targets: Targets
+    ) -> Dict[str, Tensor]:
+        if not (self.recompute and torch.is_grad_enabled()):
+            return method(student, teacher, targets)
+
+        def run(_: Tensor) -> Dict[str, Tensor]:
+            # Copies, so that what they cache does not stay, and is computed again.
+            return method(copy.copy(student), copy.copy(teacher), targets)
+
+        # The tensor tells which device's random state is to be restored.
+        return checkpoint(run, targets.labels, use_reentrant=False)
 
     def _connected_zero(self, method: Method) -> Tensor:
         """A zero that depends on all parameters of a method, as DistributedDataParallel expects in every step."""
@@ -434,7 +465,7 @@ class DistillMetaArch(_Student):
     def _ema_update(self, name: str, value: float, initial_value: float, momentum: float = 0.9) -> float:
         if self.sync_normalizer:  # average the counts, not the values: these are 1 for a worker without positives too
             value = at_least_one(mean_over_workers(self._num_pos)).item()
-            initial_value /= comm.get_world_size()
+            initial_value /= num_workers()
         return super()._ema_update(name, value, initial_value, momentum)
 
 

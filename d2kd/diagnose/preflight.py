@@ -19,6 +19,7 @@ from ..errors import D2kdError
 from ..keys import key, setting
 from ..meta_arch import DistillMetaArch
 from ..teacher import Teacher
+from .reduced_teacher import check_precision
 from .sample import Sample, at_scale, average_precision, draw
 from .variants import Variant, class_variants, pixel_variants, shuffled
 
@@ -29,6 +30,7 @@ from .variants import Variant, class_variants, pixel_variants, shuffled
 # 0.96 times.
 CLEARLY_LOWER = 0.95
 MOST_IMAGES = 0.8  # of those on which the two differ
+PRECISION_IMAGES = 4  # on which the gradients of a teacher in reduced precision are compared
 # In percent. Networks with random weights stay far below.
 WEAK_AP50 = 10.0
 PARTS = {"": "all weights", "backbone.": "the backbone's weights"}  # a random head already shows by the first
@@ -40,7 +42,7 @@ def _skip() -> str:
     return f"{setting('MODEL.DISTILL.PREFLIGHT', 0)} skips this check"
 
 
-def check_teacher(model: nn.Module, loader: Any, num_images: int) -> None:
+def check_teacher(model: nn.Module, loader: Any, num_images: int, amp_dtype: str = "") -> None:
     """Loads a student's teacher if necessary, and checks it on rank 0, which logs a report; the other ranks wait.
 
     Training is the same with and without this check.
@@ -49,6 +51,7 @@ def check_teacher(model: nn.Module, loader: Any, num_images: int) -> None:
         model: the student, not wrapped. Other models are not checked.
         loader: d2kd's training loader.
         num_images: number of images to use, spread evenly over the training set; 0 only loads the teacher.
+        amp_dtype: type of mixed precision in training, "" for none.
 
     Raises:
         D2kdError: on all ranks: the teacher cannot be loaded or is clearly broken; names the cause.
@@ -68,6 +71,10 @@ def check_teacher(model: nn.Module, loader: Any, num_images: int) -> None:
     verdict = comm.all_gather(verdict)[0]
     if verdict:
         raise D2kdError(verdict)
+    dataset = getattr(loader, "dataset", None)
+    if model.teacher.engine.makes_copies and isinstance(dataset, SeededDataset):
+        images = draw(dataset, min(num_images, PRECISION_IMAGES), range(model.num_classes))
+        check_precision(model, images, amp_dtype)
 
 
 def examine(model: DistillMetaArch, dataset: Any, num_images: int) -> None:

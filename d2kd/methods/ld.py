@@ -13,7 +13,7 @@ from the authors' code: images without ground truth give 0, where theirs raises 
 the class loss is divided by is averaged over workers; and ``true_diou`` defines the region as the paper does.
 """
 
-from typing import Dict, List, Sequence
+from typing import ClassVar, Dict, List, Sequence
 
 import torch
 from detectron2.structures import Boxes, pairwise_ioa, pairwise_iou
@@ -49,6 +49,8 @@ class LD(Method):
             of the batch size and of the number of workers. The published weight of 0.25 is for sums over 2 images; the
             equivalent per image is 0.5.
     """
+
+    reads_maps: ClassVar[bool] = False
 
     def __init__(
         self,
