@@ -31,8 +31,8 @@ def printable(text: object, length: int = NAME_LENGTH) -> str:
         text: a name, or a whole message.
         length: the most characters that are kept.
     """
-    shown = str(text)
-    return escaped(shown if len(shown) <= length else f"{shown[: length // 2]} ... {shown[-(length // 2) :]}")
+    shown, half = escaped(str(text)), length // 2 - 3
+    return shown if len(shown) <= length else f"{shown[:half]} ... {shown[-half:]}"
 
 
 def escaped(text: str) -> str:

@@ -24,7 +24,8 @@ def run_logs(folder: str) -> Iterator[None]:
     loop = logging.getLogger("detectron2.engine.train_loop")
     loop.addFilter(_has_no_traceback)
     for name in LOGGERS:
-        setup_logger(folder, distributed_rank=comm.get_rank(), name=name)
+        # As default_setup calls it, whose own call then adds no second handler to a logger that is set up.
+        setup_logger(folder, distributed_rank=comm.get_rank(), **({} if name == "detectron2" else {"name": name}))
     _tell_write_errors_once(folder)
     try:
         yield
