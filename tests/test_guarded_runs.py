@@ -213,7 +213,8 @@ def test_what_an_allowed_change_changes(run, teachers, capfd):
     opts = ["SOLVER.MAX_ITER", 3, "SOLVER.BASE_LR", 0.0625, "SOLVER.WARMUP_ITERS", 0, "SOLVER.WEIGHT_DECAY", 0.5]
     assert train(run, teachers, *opts, flags=ALLOWED) == 0
     groups = files.read(str(run / "model_final.pth"))["trainer"]["_trainer"]["optimizer"]["param_groups"]
-    assert {group["lr"] for group in groups} == {0.0625}
+    assert {group["initial_lr"] for group in groups} == {0.0625}
+    assert read_metrics(run)[-1]["lr"] > 0.01  # it falls from 0.0625 to 0
     assert 0.5 in {group["weight_decay"] for group in groups}
 
 
