@@ -70,7 +70,7 @@ class Saving(hooks.PeriodicCheckpointer):
             raise
 
     def _gather_normalizers(self) -> None:
-        of_processes = comm.all_gather(normalizers_of(self.trainer.model))
+        of_processes = comm.all_gather([x and float(x) for x in normalizers_of(self.trainer.model)])
         self._normalizers = [one for micro_batch in zip(*of_processes) for one in micro_batch]
 
     def _save_now(self) -> None:
