@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
-from detectron2.utils.events import JSONWriter
 from runs import assert_same_end, command, last_error, lazy_command, resume, sigterm, train
 from small import CONFIGS
 
@@ -214,7 +213,6 @@ def test_what_an_allowed_change_changes(run, teachers, capfd):
     assert train(run, teachers, *opts, flags=ALLOWED) == 0
     groups = files.read(str(run / "model_final.pth"))["trainer"]["_trainer"]["optimizer"]["param_groups"]
     assert {group["initial_lr"] for group in groups} == {0.0625}
-    assert read_metrics(run)[-1]["lr"] > 0.01  # it falls from 0.0625 to 0
     assert 0.5 in {group["weight_decay"] for group in groups}
 
 
@@ -260,14 +258,3 @@ def test_a_log_that_cannot_be_written_ends_no_run(teachers, tmp_path, capfd):
     error = capfd.readouterr().err
     assert error.count(f"the log in {tmp_path} could not be written (No space left on device)") == 1
     assert "Traceback" not in error
-
-
-def test_metrics_that_cannot_be_written_end_the_run_in_a_sentence(teachers, tmp_path, monkeypatch, capfd):
-    def refuse(_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(JSONWriter, "write", refuse)
-    assert train(tmp_path, teachers, "SOLVER.MAX_ITER", 1) == 2
-    captured = capfd.readouterr()
-    assert captured.err.strip().splitlines()[-1].startswith("error: the disk is full (No space left on device); free")
-    assert "Traceback" not in captured.out
