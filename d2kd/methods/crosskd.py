@@ -120,6 +120,11 @@ def make_adapter(channels: int, teacher_channels: int) -> nn.Module:
     alignment, since the statistics that :func:`align_scale` takes over are those of the teacher's channels, and so also
     before the activation. The alignment cancels a bias and the scale of each output channel, so there is no bias.
 
+    It starts orthogonal: all inner products of a narrower student's feature are kept, so that no part of it is faint in
+    the teacher's head at the start, and so in its first gradients. Since scales cancel, draws of independent weights of
+    other sizes differ from each other only in how fast they turn. An identity would leave channels without a deviation
+    to align, and student and teacher have no common order of channels that it could keep.
+
     Args:
         channels: the student's.
         teacher_channels: the teacher's.
