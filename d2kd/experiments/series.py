@@ -19,6 +19,7 @@ from ..errors import EXIT_INTERRUPTED, D2kdError, exit_status
 from .pictures import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
+SPLITS = {"TRAIN": "train", "TEST": "val"}
 DIGITS = {"s/step": 3, "training s": 0}
 
 
@@ -34,6 +35,7 @@ class Run:
         iterations: number of training iterations.
         data: data set; <data>_train is used for training and <data>_val for evaluation.
         overrides: additional config keys and values.
+        own_data: arguments that name own data, such as --train-data; they replace ``data``, which is then a name only.
         threads: number of CPU threads; 0 for all cores.
     """
 
@@ -44,6 +46,7 @@ class Run:
     iterations: int
     data: str
     overrides: Dict[str, Any] = field(default_factory=dict)
+    own_data: Sequence[str] = ()
     threads: int = 0
 
     @property
@@ -73,11 +76,11 @@ class Run:
             "SEED": self.seed,
             "SOLVER.MAX_ITER": self.iterations,
             "TEST.EVAL_PERIOD": max(self.iterations // 4, 1),
-            "DATASETS.TRAIN": f"('{self.data}_train',)",
-            "DATASETS.TEST": f"('{self.data}_val',)",
             **self.overrides,
         }
-        command = [sys.executable, "train_net.py", "--config-file", self.config, "--resume"]
+        if not self.own_data:
+            overrides.update({f"DATASETS.{split}": f"('{self.data}_{name}',)" for split, name in SPLITS.items()})
+        command = [sys.executable, "train_net.py", "--config-file", self.config, "--resume", *self.own_data]
         return command + [str(word) for pair in overrides.items() for word in pair]
 
     def settings(self) -> Dict[str, Any]:
