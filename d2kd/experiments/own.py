@@ -20,7 +20,7 @@ from ..data.own import OwnData, prepare_own_data
 from ..engine.logs import log_remarks
 from ..errors import D2kdError, check_choice
 from .pictures import draw_curves, draw_grid
-from .plan import Anchors, Images, Measured, choose_anchors, image_size, measure, read_sizes, write_config
+from .plan import FACTORS, Anchors, Images, Measured, choose_anchors, image_size, measure, read_sizes, write_config
 from .series import ROOT, Run, run_all, table
 
 NAME = "own"
@@ -149,7 +149,8 @@ class OwnDistillation:
         if weights.startswith("torchvision://") or not weights:  # fetched by torch
             return
         try:
-            PathManager.get_local_path(weights)
+            with open(PathManager.get_local_path(weights), "rb"):
+                pass
         except Exception as error:  # whatever the handler of the address raises
             raise D2kdError(
                 f"the weights that the {kind} starts from cannot be fetched ({weights}: {error}); name a local file "
@@ -196,7 +197,8 @@ class OwnDistillation:
 
     @cached_property
     def _anchors(self) -> Anchors:
-        return choose_anchors(self._config("teacher"), self._images.boxes_at(self._size, 2 * self._size))
+        boxes = self._images.boxes_at(self._size, 2 * self._size)
+        return choose_anchors(self._config("teacher"), boxes, (1.0,) if self.teacher_config else FACTORS)
 
     @property
     def _batch(self) -> int:

@@ -104,12 +104,13 @@ class Anchors:
     covered_before: float = 0.0
 
 
-def choose_anchors(config: CfgNode, boxes: np.ndarray) -> Anchors:
-    """Multiplies a config's anchors by the one of :data:`FACTORS` with which they cover most boxes.
+def choose_anchors(config: CfgNode, boxes: np.ndarray, factors: Sequence[float] = FACTORS) -> Anchors:
+    """Multiplies a config's anchors by the factor with which they cover most boxes.
 
     Args:
         config: of the teacher or the student.
         boxes: widths and heights in pixels, (M, 2).
+        factors: to try.
     """
     node = detector_node(config)
     if node == "RETINANET":
@@ -126,7 +127,7 @@ def choose_anchors(config: CfgNode, boxes: np.ndarray) -> Anchors:
         return coverage(boxes, np.concatenate([np.stack([sides / r**0.5, sides * r**0.5], axis=1) for r in ratios]))
 
     # Smaller anchors than their distance from each other would miss boxes between them.
-    possible = [factor for factor in FACTORS if factor == 1.0 or sizes[0][0] * factor >= FIRST_STRIDE]
+    possible = [factor for factor in factors if factor == 1.0 or sizes[0][0] * factor >= FIRST_STRIDE]
     best = max(possible, key=fit)
     chosen = [[round(side * best, 3) for side in level] for level in sizes]
     key = "MODEL.ANCHOR_GENERATOR.SIZES" if node == "RETINANET" else f"MODEL.{node}.ANCHOR_SCALE"
@@ -179,12 +180,12 @@ def _measure(config: str, data: List[str]) -> Measured:
             optimizer.step()
             _wait()
             times.append(time.perf_counter() - began)
-    model.eval()
-    began = time.perf_counter()
     with torch.no_grad():
-        model(batch[:1])
+        model.eval()(batch[:1])
+        began = time.perf_counter()
+        model(batch)
     _wait()
-    forward = time.perf_counter() - began
+    forward = (time.perf_counter() - began) / len(batch)
     return Measured(median(times), forward, _peak_memory())
 
 
