@@ -1,5 +1,5 @@
 # Commands. Each sets up what it needs first.
-#   make demo        train a teacher, a plain student and a distilled student on small images
+#   make demo        train a teacher, a plain student and a distilled student on small images, and write a report
 #   make test        all tests
 #   make test-fast   the tests for every day: all but those marked slow
 #   make lint        ruff: rules and format

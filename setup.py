@@ -53,10 +53,10 @@ setup(
         "Typing :: Typed",
     ],
     packages=find_packages(include=["d2kd", "d2kd.*"]),
-    package_data={"d2kd": ["py.typed"]},
+    package_data={"d2kd": ["py.typed"], "d2kd.report": ["template.html"]},
     python_requires=">=3.9",
     # detectron2 is not listed: it has no official release in the package registry. `make setup` installs it, and
     # `import d2kd` says how where it is missing.
     install_requires=requirements("runtime.txt"),
-    extras_require={"dev": requirements("dev.txt")},
+    extras_require={"dev": requirements("dev.txt"), "timm": requirements("timm.txt")},
 )

@@ -12,19 +12,20 @@ import yaml
 from detectron2 import model_zoo
 from detectron2.config import CfgNode, LazyConfig, get_cfg
 from detectron2.modeling import META_ARCH_REGISTRY
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from .contract import check_distills
 from .errors import D2kdError, nearest
 from .methods import Schedule, check_method_names, method_defaults, method_names
 from .modeling import add_detector_config
+from .modeling.timm_models import take_over_pixels
 
 # Set to 1, it lets configs use YAML tags that run code, as some of detectron2's model zoo do.
 ALLOW_UNSAFE_YAML = "D2KD_ALLOW_UNSAFE_YAML"
 PREFLIGHT_IMAGES = 16
 AMP_DTYPE = "float16"
-# detectron2's own default of these is None.
-MAY_BE_NONE = ("SOLVER.WEIGHT_DECAY_BIAS",)
+# The default of these is None.
+MAY_BE_NONE = ("SOLVER.WEIGHT_DECAY_BIAS", "MODEL.TIMM.PRETRAINED")
 # d2kd's own configs; there only where it runs from its repository.
 OWN_CONFIGS = Path(__file__).absolute().parents[1] / "configs"
 
@@ -57,7 +58,8 @@ def _distill_keys() -> CfgNode:
     distill = CfgNode()
     # CONFIG_FILE: a path, relative to the config that names it, or a name of detectron2's model zoo.
     # OPTS: overrides of the teacher's config, ["KEY", "value", ...].
-    distill.TEACHER = CfgNode({"CONFIG_FILE": "", "WEIGHTS": "", "OPTS": []})
+    # DTYPE: float32, bfloat16, float16, or auto, which follows SOLVER.AMP. FOLD_NORMS: see Engine.
+    distill.TEACHER = CfgNode({"CONFIG_FILE": "", "WEIGHTS": "", "OPTS": [], "DTYPE": "float32", "FOLD_NORMS": False})
     distill.METHODS = ()
     # Number of training images on which the teacher is checked before the first iteration; 0 for none.
     # LazyConfig: train.preflight.
@@ -88,12 +90,20 @@ def _add_missing(cfg: CfgNode, new: CfgNode) -> None:
 def drop_teacher(cfg: Any) -> None:
     """Makes a config that neither builds nor needs a teacher, in place: for evaluation, or for a teacher's own config.
 
+    Neither needs pretrained weights of a timm backbone, since all weights come from a checkpoint.
+
     Args:
         cfg: a config node with d2kd's keys, or a LazyConfig with a ``model``.
     """
     if isinstance(cfg, CfgNode):
         cfg.MODEL.DISTILL.METHODS = cfg.MODEL.DISTILL.INHERIT = ()
+        cfg.MODEL.TIMM.PRETRAINED = None
         return
+    node: Any = cfg.model
+    for name in ("backbone", "bottom_up"):
+        node = OmegaConf.select(node, name, throw_on_resolution_failure=False) if isinstance(node, DictConfig) else None
+    if isinstance(node, DictConfig) and "pretrained" in node:
+        node.pretrained = False
     for key, nothing in (("methods", []), ("teacher", None), ("inherit", [])):
         if key in cfg.model:
             cfg.model[key] = nothing
@@ -167,6 +177,7 @@ def load_config(config_file: str, opts: Sequence[str] = (), with_teacher: bool =
         names = ", ".join(empty)
         raise D2kdError(f"{names}: a value is missing; write one, or leave the key out for its default")
     check_method_names(cfg.MODEL.DISTILL.METHODS)
+    take_over_pixels(cfg)
     if not with_teacher:
         drop_teacher(cfg)
         return cfg

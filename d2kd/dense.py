@@ -62,34 +62,56 @@ class DenseOutputs:
     @cached_property
     def dense_predictions(self) -> List[Features]:
         """Predictions per anchor: for each output of the head, per level (N, Hi*Wi*A, K or D or 1)."""
-        logits = self.predictions[0]
-        num_anchors = logits[0].shape[1] // self.detector.num_classes
-        return [
-            [permute_to_N_HWA_K(level, level.shape[1] // num_anchors) for level in output]
-            for output in self.predictions
-        ]
+        return [self._per_anchor(output) for output in self.predictions]
+
+    def _per_anchor(self, output: Features) -> Features:
+        channels = output[0].shape[1] // self.anchors_per_place
+        return [permute_to_N_HWA_K(level, channels) for level in output]
+
+    @property
+    def anchors_per_place(self) -> int:
+        """A, the number of anchors at each location."""
+        return self.predictions[0][0].shape[1] // self.detector.num_classes
 
     @cached_property
     def logits(self) -> Tensor:
         """Class logits, (N, R, K), float32."""
-        return torch.cat(self.dense_predictions[0], dim=1).float()
+        return torch.cat(self._per_anchor(self.predictions[0]), dim=1).float()
 
     @property
     def shared_logits(self) -> Tensor:
         """Logits of the classes that student and teacher share, (N, R, S), float32; S is K without a CLASS_MAP."""
         return self.logits if self.classes is None else self.logits[..., self.classes]
 
+    @property
+    def shared_logit_maps(self) -> Features:
+        """The same as the head returns them, per level (N, A, S, Hi, Wi); views if there is no CLASS_MAP."""
+        maps = [level.unflatten(1, (self.anchors_per_place, -1)) for level in self.predictions[0]]
+        return maps if self.classes is None else [level.index_select(2, self.classes) for level in maps]
+
+    @cached_property
+    def best_scores(self) -> Tensor:
+        """The highest class score of each anchor, (N, R), float32, without gradient."""
+        best = [level.detach().unflatten(1, (self.anchors_per_place, -1)).amax(2) for level in self.predictions[0]]
+        return torch.cat([level.permute(0, 2, 3, 1).flatten(1) for level in best], dim=1).float().sigmoid()
+
+    def to_maps(self, values: Tensor) -> Features:
+        """Arranges a value per anchor (N, R) as the head's outputs are, per level (N, A, Hi, Wi)."""
+        shapes = [(*level.shape[-2:], self.anchors_per_place) for level in self.predictions[0]]
+        parts = values.split([height * width * num for height, width, num in shapes], dim=1)
+        return [part.unflatten(1, shape).permute(0, 3, 1, 2) for part, shape in zip(parts, shapes)]
+
     @cached_property
     def box_predictions(self) -> Tensor:
         """Raw box predictions, (N, R, D), float32."""
-        return torch.cat(self.dense_predictions[1], dim=1).float()
+        return torch.cat(self._per_anchor(self.predictions[1]), dim=1).float()
 
     @cached_property
     def centerness(self) -> Optional[Tensor]:
         """Centerness logits, (N, R), float32; None if the head predicts none."""
         if len(self.predictions) < 3:
             return None
-        return torch.cat(self.dense_predictions[2], dim=1).squeeze(-1).float()
+        return torch.cat(self._per_anchor(self.predictions[2]), dim=1).squeeze(-1).float()
 
     @property
     def num_bins(self) -> Optional[int]:

@@ -36,7 +36,7 @@ def split_tower(tower: nn.Sequential, cut: Cut) -> Tuple[int, int]:
     Raises:
         D2kdError: the tower has fewer convolutions.
     """
-    convs = [i for i, layer in enumerate(tower) if isinstance(layer, nn.Conv2d)]
+    convs = _conv_indices(tower)
     if not 0 <= cut.convs <= len(convs):
         raise D2kdError(f"cut {cut.convs} lies outside a tower of {len(convs)} convolutions; use 0 to {len(convs)}")
     rest = [0, *convs[1:], len(tower)][cut.convs]
@@ -44,6 +44,15 @@ def split_tower(tower: nn.Sequential, cut: Cut) -> Tuple[int, int]:
     while cut.pre_activation and end and isinstance(tower[end - 1], nn.ReLU):
         end -= 1
     return end, rest
+
+
+def num_convs(tower: nn.Sequential) -> int:
+    """Number of a tower's convolutions, at each of which it can be cut."""
+    return len(_conv_indices(tower))
+
+
+def _conv_indices(tower: nn.Sequential) -> List[int]:
+    return [i for i, layer in enumerate(tower) if isinstance(layer, nn.Conv2d)]
 
 
 @contextmanager

@@ -7,7 +7,8 @@ losses). While it trains with methods, it also runs a teacher and adds the losse
 import inspect
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
+from itertools import chain
+from typing import TYPE_CHECKING, Any, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -181,7 +182,14 @@ class DistillMetaArch(_Student):
             "inherit": distill.INHERIT,
             "gradient_period": distill.GRADIENT_PERIOD,
             "sync_normalizer": distill.SYNC_NORMALIZER,
-            "teacher": load_teacher(teacher.CONFIG_FILE, teacher.WEIGHTS, teacher.OPTS, when_needed=True)
+            "teacher": load_teacher(
+                teacher.CONFIG_FILE,
+                teacher.WEIGHTS,
+                teacher.OPTS,
+                when_needed=True,
+                dtype=teacher.DTYPE,
+                fold_norms=teacher.FOLD_NORMS,
+            )
             if methods or distill.INHERIT
             else None,
         }
@@ -248,8 +256,8 @@ class DistillMetaArch(_Student):
         nothing.gt_classes = torch.zeros(0, dtype=torch.long, device=self.device)
         with EventStorage(), torch.no_grad(), torch.random.fork_rng(devices=[]), evaluation_mode(self):
             student, teacher = (
-                run_dense(detector, images, method.cuts, paths=[pair[i] for pair in self.paths])
-                for i, detector in enumerate(detectors)
+                run_dense(detector, images, cuts, paths=[pair[i] for pair in self.paths])
+                for i, (detector, cuts) in enumerate(zip(detectors, (method.cuts, method.teacher_cuts)))
             )
             self._share_classes(student, teacher)
             assigned = self.label_anchors(student.anchors_per_level, [nothing])
@@ -317,7 +325,8 @@ class DistillMetaArch(_Student):
         methods = list(self.active_methods().values())
         teacher = self.run_teacher(batched_inputs)
         images = self.preprocess_image(batched_inputs)
-        student = run_dense(self, images, _cuts(methods), paths=[own for own, _ in self.paths] if methods else ())
+        cuts = _all(method.cuts for method in methods)
+        student = run_dense(self, images, cuts, paths=[own for own, _ in self.paths] if methods else ())
         if teacher is not None:
             self._share_classes(student, teacher)
             if not _resizes(methods):
@@ -333,7 +342,8 @@ class DistillMetaArch(_Student):
             return None
         paths = [theirs for _, theirs in self.paths]
         with_head = _reads_head(methods) or any(path.startswith("head") for path in paths)
-        return self.teacher(batched_inputs, channel_order(self), _cuts(methods), with_head, paths)
+        cuts = _all(method.teacher_cuts for method in methods)
+        return self.teacher(batched_inputs, channel_order(self), cuts, with_head, paths)
 
     def _share_classes(self, *both: DenseOutputs) -> None:
         if self.shared_classes is not None:
@@ -400,8 +410,9 @@ def _options(distill: CfgNode, name: str) -> Dict[str, Any]:
     return {key: distill[name.upper()][key.upper()] for key in method_defaults(name)}
 
 
-def _cuts(methods: Sequence[Method]) -> List[Cut]:
-    return list(dict.fromkeys(cut for method in methods for cut in method.cuts))
+def _all(cuts: Iterable[Sequence[Cut]]) -> List[Cut]:
+    """The cuts of several methods, each once."""
+    return list(dict.fromkeys(chain.from_iterable(cuts)))
 
 
 def _reads_head(methods: Sequence[Method]) -> bool:

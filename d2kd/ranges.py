@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any, Callable, Dict, Iterator, List, Mapping, Tuple
 
 from .errors import D2kdError, check_choice
+from .inference_copy import DTYPES
 from .keys import LAZY
 
 Test = Callable[[Any], bool]
@@ -74,6 +75,7 @@ def _either(*tests: Test) -> Test:
 
 
 NORMS = ("", "BN", "SyncBN", "FrozenBN", "GN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N", "LN")
+TIMM_NORMS = ("BN", "SyncBN", "FrozenBN")
 # Patterns of YAML keys and of LazyConfig keys, what their values must be, and the same in words.
 RANGES: Dict[str, Tuple[Test, str]] = {
     "OUTPUT_DIR": (lambda path: _text(path) and path != "" and "\0" not in path, "the path of a folder"),
@@ -101,6 +103,11 @@ RANGES: Dict[str, Tuple[Test, str]] = {
     "MODEL.RESNETS.DEPTH": (lambda depth: depth in (18, 34, 50, 101, 152), "18, 34, 50, 101 or 152"),
     "MODEL.RESNETS.RES5_DILATION": (lambda dilation: dilation in (1, 2), "1 or 2"),
     "MODEL.RESNETS.STEM_OUT_CHANNELS model.backbone.bottom_up.width": (is_count, "a number of channels, 1 or more"),
+    "MODEL.TIMM.NAME": (_text, "the name of a model of timm"),
+    "MODEL.TIMM.PRETRAINED": (
+        lambda value: value is None or isinstance(value, bool) or (_text(value) and value != ""),
+        "True, False, or the path of a file",
+    ),
     "MODEL.RESNETS.*_OUT_CHANNELS MODEL.RESNETS.*GROUP*": (is_count, "1 or more"),
     "MODEL.RESNETS.OUT_FEATURES model.head_in_features": (_list_of(_text), "one name or more"),
     "MODEL.RETINANET.IN_FEATURES MODEL.GFL.IN_FEATURES": (_list_of(_text), "one name or more"),
@@ -156,6 +163,10 @@ RANGES: Dict[str, Tuple[Test, str]] = {
     "MODEL.DISTILL.*TEMPERATURE model.methods.*temperature": (_positive, "above 0"),
     "MODEL.DISTILL.*.BETA model.methods.*.beta": (_not_negative, "0 or more"),
     "MODEL.DISTILL.*.CUT model.methods.*.cut": (_whole, "0 or more convolutions"),
+    "MODEL.DISTILL.*.TEACHER_CUT model.methods.*.teacher_cut": (
+        lambda value: value == -1 or _whole(value),
+        "0 or more convolutions; -1 for the distance of the student's cut from the predictors",
+    ),
     "MODEL.DISTILL.*.VLR_TOPK model.methods.*.vlr_topk": (is_count, "1 or more"),
     "MODEL.DISTILL.TEACHER.OPTS": (
         _list_of(lambda x: not isinstance(x, (list, tuple, dict)), empty=True),
@@ -205,7 +216,9 @@ RANGES: Dict[str, Tuple[Test, str]] = {
 # Settings that name one of a few things.
 CHOICES: Dict[str, Tuple[str, ...]] = {
     "MODEL.RESNETS.NORM MODEL.FPN.NORM MODEL.RETINANET.NORM MODEL.GFL.NORM MODEL.ATSS.NORM MODEL.FCOS.NORM": NORMS,
+    "MODEL.TIMM.NORM": TIMM_NORMS,
     "MODEL.FPN.FUSE_TYPE model.backbone.fuse_type": ("sum", "avg"),
+    "MODEL.DISTILL.TEACHER.DTYPE": DTYPES,
     "INPUT.CROP.TYPE": ("relative", "relative_range", "absolute", "absolute_range"),
     "INPUT.MASK_FORMAT": ("polygon", "bitmask"),
     "INPUT.MIN_SIZE_TRAIN_SAMPLING": ("choice", "range"),

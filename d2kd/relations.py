@@ -95,6 +95,7 @@ def _check_levels(config: _Named) -> str:
     """The levels that RetinaNet's head reads; the other detectors check theirs when they are built."""
     extra = {
         "build_extra_fpn_backbone": config.get("MODEL.FPN.EXTRA.NUM_LEVELS"),
+        "build_timm_fpn_backbone": config.get("MODEL.FPN.EXTRA.NUM_LEVELS"),
         "build_retinanet_resnet_fpn_backbone": 2,
     }
     count = extra.get(str(config.get("MODEL.BACKBONE.NAME")))

@@ -1,14 +1,15 @@
 """The teacher: a frozen detector in eval mode, kept out of the student's module tree."""
 
+import dataclasses
 import logging
 import os
-from typing import Any, Dict, List, Optional, Sequence, Tuple, cast
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union, cast
 
 import torch
-from detectron2.config import instantiate
+from detectron2.config import CfgNode, instantiate
 from detectron2.modeling import build_model
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from .checkpoint import load_strict
@@ -17,6 +18,7 @@ from .contract import Dense, channel_order
 from .dense import DenseOutputs, preprocess, run_dense
 from .errors import D2kdError
 from .heads import Cut
+from .inference_copy import Engine
 from .keys import key
 from .nodes import check_nodes, resolved
 from .overrides import apply_override
@@ -41,6 +43,7 @@ class Teacher:
         class_names: names of its classes, if known; for MODEL.DISTILL.CLASS_MAP.
         weights: the file that all its weights come from, if there is one.
         loaded: whether the detector holds its weights already; otherwise :meth:`prepare` loads them from ``weights``.
+        engine: how it runs; by default as it is, in float32.
     """
 
     def __init__(
@@ -50,12 +53,14 @@ class Teacher:
         class_names: Sequence[str] = (),
         weights: str = "",
         loaded: bool = True,
+        engine: Optional[Engine] = None,
     ) -> None:
         self.network = detector.eval().requires_grad_(False)
         self.input_format = input_format
         self.class_names = list(class_names)
         self.weights = weights
         self.loaded = loaded
+        self.engine = engine or Engine()
 
     @property
     def architecture(self) -> Dense:
@@ -86,6 +91,7 @@ class Teacher:
 
     def apply_to_tensors(self, function: Any, *args: Any, **kwargs: Any) -> None:
         """Moves or casts the detector as ``nn.Module._apply`` does, which has no public name."""
+        self.engine.drop()
         self.network._apply(function, *args, **kwargs)
 
     def __deepcopy__(self, memo: Dict[int, Any]) -> "Teacher":
@@ -115,7 +121,9 @@ class Teacher:
         if any(module.training for module in self.detector.modules()):
             raise D2kdError("the teacher was put into training mode; call .eval() on it, or leave it alone")
         images = preprocess(self.detector, batched_inputs, flip_channels=input_format != self.input_format)
-        return run_dense(self.detector, images, cuts, with_head, paths)
+        with self.engine.running(self.network, images, paths) as (running, images):
+            outputs = run_dense(running, images, cuts, with_head, paths)
+        return dataclasses.replace(outputs, detector=self.detector)
 
 
 def load_teacher(
@@ -125,6 +133,8 @@ def load_teacher(
     device: str = "cpu",
     input_format: Optional[str] = None,
     when_needed: bool = False,
+    dtype: str = "float32",
+    fold_norms: bool = False,
 ) -> Teacher:
     """Builds a teacher from a config and loads its weights, completely or not at all.
 
@@ -137,15 +147,18 @@ def load_teacher(
         input_format: "BGR" or "RGB"; by default what the config says.
         when_needed: load weights that are not on this machine (a URL, or a path without a file) when the teacher is
             first used. A student that is only evaluated never uses it.
+        dtype: in which type it runs for a student; see :class:`Engine`.
+        fold_norms: see :class:`Engine`.
 
     Raises:
         D2kdError: there is no such config, its model is not a dense detector, or the weights do not fill all of it.
     """
+    engine = Engine(dtype, fold_norms)
     path = find_config(config_file)
     detector, config_format, names = _build(path, opts, device)
     if not isinstance(detector, DenseDetector):
         raise D2kdError(f"the teacher of {config_file} is a {type(detector).__name__}, not a dense detector")
-    teacher = Teacher(detector, input_format or config_format, names, weights, loaded=False)
+    teacher = Teacher(detector, input_format or config_format, names, weights, loaded=False, engine=engine)
     if os.path.isfile(weights) or not when_needed:
         teacher.prepare()
     return teacher
@@ -170,21 +183,32 @@ def teacher_opts(config_file: str, opts: Sequence[str], num_classes: int) -> Lis
     return [f"MODEL.{node}.NUM_CLASSES", str(num_classes), *opts] if node else list(opts)
 
 
+def read_config(path: str, opts: Sequence[str]) -> Union[CfgNode, DictConfig]:
+    """Reads the config of a teacher, of either style, with overrides and without a teacher of its own.
+
+    Raises:
+        D2kdError: it is not valid, or a LazyConfig without a model.
+    """
+    if not path.endswith(".py"):
+        return load_config(path, opts, with_teacher=False)
+    lazy = read_lazy(path)
+    if "model" not in lazy:
+        raise D2kdError(f"{path} defines no model; a teacher's LazyConfig must")
+    for override in opts:
+        lazy = apply_override(lazy, override)
+    drop_teacher(lazy)
+    return lazy
+
+
 def _build(path: str, opts: Sequence[str], device: str) -> Tuple[nn.Module, str, List[str]]:
     """Builds the detector of a config, without a teacher of its own; returns it, its channel order and class names."""
-    if path.endswith(".py"):
-        lazy = read_lazy(path)
-        if "model" not in lazy:
-            raise D2kdError(f"{path} defines no model; a teacher's LazyConfig must")
-        for override in opts:
-            lazy = apply_override(lazy, override)
-        drop_teacher(lazy)
-        check_nodes(lazy, prefix=THEIRS)
-        check_config(resolved(lazy), is_lazy=True, prefix=THEIRS)
-        detector = instantiate(lazy.model).to(device)
-        check_wiring(detector, THEIRS)
-        return detector, channel_order(detector), []
-    cfg = load_config(path, opts, with_teacher=False)
-    cfg.MODEL.DEVICE = device
-    check_config(cfg, prefix=THEIRS)
-    return build_model(cfg), cfg.INPUT.FORMAT, class_names(cfg)
+    config = read_config(path, opts)
+    if isinstance(config, CfgNode):
+        config.MODEL.DEVICE = device
+        check_config(config, prefix=THEIRS)
+        return build_model(config), config.INPUT.FORMAT, class_names(config)
+    check_nodes(config, prefix=THEIRS)
+    check_config(resolved(config), is_lazy=True, prefix=THEIRS)
+    detector = instantiate(config.model).to(device)
+    check_wiring(detector, THEIRS)
+    return detector, channel_order(detector), []

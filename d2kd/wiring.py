@@ -5,8 +5,9 @@ from typing import Any, List
 from detectron2.layers import ShapeSpec
 from torch import nn
 
-from .contract import levels
+from .contract import channel_order, levels
 from .errors import D2kdError
+from .modeling.timm_models import check_pixels
 
 
 def check_wiring(detector: nn.Module, prefix: str = "") -> None:
@@ -22,6 +23,10 @@ def check_wiring(detector: nn.Module, prefix: str = "") -> None:
     Raises:
         D2kdError: names the part.
     """
+    if hasattr(detector, "backbone") and hasattr(detector, "pixel_std"):
+        any_detector: Any = detector
+        mean, std = (x.flatten().tolist() for x in (any_detector.pixel_mean, any_detector.pixel_std))
+        check_pixels(any_detector.backbone, mean, std, channel_order(detector), prefix)
     parts = ("backbone", "head", "head_in_features", "num_classes", "anchor_generator")
     if not all(hasattr(detector, part) for part in parts) or not hasattr(detector.head, "cls_score"):
         return

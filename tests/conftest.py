@@ -5,19 +5,21 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any, Callable, Iterator
 
 # Before torch is imported. More threads gain nothing at these sizes, and lose much where cores are busy.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from detectron2.engine import SimpleTrainer
 
 os.environ.setdefault("D2KD_GOLDENS", str(Path(__file__).parent / "goldens"))
 os.environ["DETECTRON2_DATASETS"] = DATASETS = tempfile.mkdtemp(prefix="d2kd_datasets_")  # one per xdist worker
 sys.path.insert(0, str(Path(__file__).parent))
 
 from isolation import restored_catalogs, restored_process, seed_everything
+from small import save_teacher
 
 from d2kd.data import write_blood_cells
 
@@ -65,6 +67,32 @@ def blood_cells() -> Path:
     write_blood_cells(folder, "train", num_images=12, seed=1)
     write_blood_cells(folder, "val", num_images=4, seed=2)
     return folder
+
+
+@pytest.fixture(scope="session")
+def teachers(tmp_path_factory: pytest.TempPathFactory, blood_cells: Path) -> Path:
+    """A folder with teacher.pth, and wide.pth with twice the channels, both of random weights."""
+    folder = tmp_path_factory.mktemp("teachers")
+    save_teacher(folder / "wide.pth", "MODEL.FPN.OUT_CHANNELS", "64")
+    save_teacher(folder / "teacher.pth")
+    return folder
+
+
+@pytest.fixture
+def at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], None]], None]:
+    """Calls ``act`` once in ``at(iteration, act)``, after the backward pass of an iteration."""
+    write_metrics = SimpleTrainer._write_metrics
+
+    def set_up(iteration: int, act: Callable[[], None]) -> None:
+        def step(self: SimpleTrainer, *args: Any, **kwargs: Any) -> None:
+            if self.iter == iteration:
+                monkeypatch.setattr(SimpleTrainer, "_write_metrics", write_metrics)
+                act()
+            return write_metrics(self, *args, **kwargs)
+
+        monkeypatch.setattr(SimpleTrainer, "_write_metrics", step)
+
+    return set_up
 
 
 def pytest_unconfigure() -> None:

@@ -20,6 +20,7 @@ from d2kd.methods import method_names
 QUICK = str(CONFIGS / "quick_crosskd_retinanet.yaml")
 LAZY = str(CONFIGS / "lazy" / "quick_crosskd_retinanet.py")
 DETECTORS = ("RetinaNet", "GFL", "ATSS", "FCOS")
+WIDER = ("MODEL.FPN.OUT_CHANNELS", "64")
 BF16, FP32 = torch.bfloat16, torch.float32
 # LD needs GFL.
 PAIRS = [(m, d) for m in ("", *method_names()) for d in DETECTORS if m != "LD" or d == "GFL"]
@@ -30,6 +31,7 @@ def teachers(tmp_path_factory, blood_cells):
     folder = tmp_path_factory.mktemp("teachers")
     for name in DETECTORS:
         save_teacher(folder / f"{name}.pth", "MODEL.META_ARCHITECTURE", name)
+    save_teacher(folder / "wide.pth", *WIDER)
     return folder
 
 
@@ -45,8 +47,15 @@ def student(teachers, detector, methods):
 @pytest.mark.parametrize(("method", "detector"), PAIRS)
 def test_losses_are_float32_and_finite(teachers, method, detector, boxes):
     """The detector's own as well; all near those of float32, with finite gradients."""
-    model = student(teachers, detector, [method] if method else [])
-    inputs = batch(boxes=boxes)
+    assert_same_in_bfloat16(student(teachers, detector, [method] if method else []), batch(boxes=boxes))
+
+
+def test_adapters_of_a_narrow_student(teachers):
+    model = build(distill_config(teachers / "wide.pth", teacher_opts=WIDER))
+    assert_same_in_bfloat16(model, batch(boxes=(2, 0)))
+
+
+def assert_same_in_bfloat16(model, inputs):
     exact = step(copy.deepcopy(model), inputs)
     with torch.autocast("cpu", BF16):
         losses = step(model, inputs)

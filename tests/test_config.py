@@ -37,10 +37,12 @@ class _SkipInit(TorchFunctionMode):
 
 @pytest.fixture
 def untrained(monkeypatch):
-    """Builds models at full size, without weights of teachers and without initialisation."""
+    """Builds models at full size, without weights of teachers and of timm, and without initialisation."""
     from d2kd import teacher
+    from d2kd.modeling import timm_backbone
 
     monkeypatch.setattr(teacher, "load_strict", lambda *_: None)
+    monkeypatch.setattr(timm_backbone, "download", lambda name, options: timm_backbone.create(name, **options))
     with _SkipInit():
         yield
 

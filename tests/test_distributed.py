@@ -60,6 +60,7 @@ CASES["no ground truth at all"] = PUBLISHED._replace(options=FAINT, boxes=(0,) *
 CASES["FitNet, background"] = Case("GFL", "FitNet", {"region": "boxes", "background_weight": 1.0})
 CASES["FitNet, finegrained, adapters"] = Case("GFL", "FitNet", {"region": "finegrained"}, teacher_opts=WIDER)
 CASES["FitNet, gibox"] = Case("GFL", "FitNet", {"region": "gibox"})
+CASES["CrossKD, adapters"] = Case("GFL", "CrossKD", teacher_opts=(*WIDER, "MODEL.GFL.NUM_CONVS", "3"))
 # All-reduces of one number that methods without adapters add to a step of GFL: N+; and the sum of confidences by which
 # distributions of boxes are divided.
 REDUCED = {"CWD": 1, "FitNet": 1, "LD": 1, "PKD": 1, "CrossKD": 2, "ResponseKD": 2}

@@ -16,108 +16,31 @@ import numpy as np
 import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.engine import SimpleTrainer
 from detectron2.modeling import build_model
 from detectron2.utils import comm
-from small import CONFIGS, save_teacher, small_config
+from runs import (
+    RANDOM_VIEWS,
+    ROOT,
+    UNEQUAL,
+    Killed,
+    assert_same,
+    assert_same_end,
+    command,
+    kill,
+    last_error,
+    lazy_command,
+    resume,
+    sigterm,
+    train,
+)
+from small import save_teacher, small_config
 
 from d2kd.checkpoint import files
 from d2kd.checkpoint.run_checkpoints import checkpoints_in
 from d2kd.data.loader import build_train_loader, start_at
-from d2kd.engine import main
 from d2kd.engine.hooks import EXIT_PREEMPTED
 from d2kd.experiments.pictures import read_metrics
 from d2kd.methods import CrossKD
-
-ROOT = CONFIGS.parent
-QUICK = str(CONFIGS / "quick_crosskd_retinanet.yaml")
-LAZY = str(CONFIGS / "lazy" / "quick_crosskd_retinanet.py")
-SHORT = ["SEED", "5", "SOLVER.MAX_ITER", "6", "SOLVER.CHECKPOINT_PERIOD", "2"]
-SHORT += ["SOLVER.WARMUP_ITERS", "2", "DATASETS.TEST", "()"]
-RANDOM_VIEWS = ["INPUT.CROP.ENABLED", "True", "INPUT.MIN_SIZE_TRAIN", "(96,112,128)"]
-UNEQUAL = ["MODEL.DISTILL.METHODS", "('PKD', 'MGD')", "MODEL.DISTILL.TEACHER.OPTS", "['MODEL.FPN.OUT_CHANNELS','64']"]
-LAZY_SHORT = ["train.seed=5", "train.max_iter=6", "train.checkpointer.period=2", "train.eval_period=0"]
-
-
-class Killed(BaseException):
-    """Ends a run as kill -9 does: no code of the run catches it."""
-
-
-@pytest.fixture(scope="module")
-def teachers(tmp_path_factory, blood_cells):
-    folder = tmp_path_factory.mktemp("teachers")
-    save_teacher(folder / "wide.pth", "MODEL.FPN.OUT_CHANNELS", "64")
-    save_teacher(folder / "teacher.pth")
-    return folder
-
-
-@pytest.fixture
-def at(monkeypatch):
-    """Calls ``act`` once in ``at(iteration, act)``, after the backward pass of an iteration."""
-    write_metrics = SimpleTrainer._write_metrics
-
-    def set_up(iteration, act):
-        def step(self, *args, **kwargs):
-            if self.iter == iteration:
-                monkeypatch.setattr(SimpleTrainer, "_write_metrics", write_metrics)
-                act()
-            return write_metrics(self, *args, **kwargs)
-
-        monkeypatch.setattr(SimpleTrainer, "_write_metrics", step)
-
-    return set_up
-
-
-def kill():
-    raise Killed
-
-
-def sigterm():
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-def command(folder, teachers, *opts, teacher="teacher.pth", flags=()):
-    weights = str(teachers / teacher)
-    run = ["MODEL.DISTILL.TEACHER.WEIGHTS", weights, "OUTPUT_DIR", str(folder)]
-    return ["--config-file", QUICK, *flags, *SHORT, *run, *map(str, opts)]
-
-
-def lazy_command(folder, teachers, *opts, flags=()):
-    run = [f"model.teacher.weights={teachers}/teacher.pth", f"train.output_dir={folder}"]
-    return ["--config-file", LAZY, *flags, *LAZY_SHORT, *run, *opts]
-
-
-def train(folder, teachers, *opts, make=command, **options):
-    return main(make(folder, teachers, *opts, **options))
-
-
-def resume(folder, teachers, *opts, **options):
-    return train(folder, teachers, *opts, flags=("--resume",), **options)
-
-
-def assert_same(one, two, where=""):
-    """Equal to the last bit, through nested containers."""
-    assert type(one) is type(two), where
-    if isinstance(one, dict):
-        assert one.keys() == two.keys(), where
-        for key in one:
-            assert_same(one[key], two[key], f"{where}/{key}")
-    elif isinstance(one, (list, tuple)):
-        assert len(one) == len(two), where
-        for i, pair in enumerate(zip(one, two)):
-            assert_same(*pair, f"{where}/{i}")
-    elif isinstance(one, torch.Tensor):
-        assert torch.equal(one, two), where
-    else:
-        assert one == two, where
-
-
-def assert_same_end(one, two):
-    assert_same(files.read(str(one / "model_final.pth")), files.read(str(two / "model_final.pth")))
-
-
-def last_error(capfd):
-    return capfd.readouterr().err.strip().splitlines()[-1]
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +53,10 @@ def unbroken(teachers, tmp_path_factory):
 CASES = {
     "random views, EMA": ({}, [*RANDOM_VIEWS, "SOLVER.EMA_DECAY", "0.9"]),
     "two loading processes": ({}, [*RANDOM_VIEWS, "DATALOADER.NUM_WORKERS", "2"]),
-    "adapters, random masks": ({"teacher": "wide.pth"}, [*UNEQUAL, "SOLVER.OPTIMIZER", "SGD"]),
+    "adapters, random masks": (
+        {"teacher": "wide.pth"},
+        [*UNEQUAL, "SOLVER.OPTIMIZER", "SGD", "SOLVER.EMA_DECAY", "0.9"],
+    ),
     "FCOS": ({}, ["MODEL.META_ARCHITECTURE", "FCOS", "MODEL.DISTILL.METHODS", "()"]),
     "LazyConfig": ({"make": lazy_command}, ["train.ema_decay=0.9"]),
     "mixed precision, EMA": ({}, ["SOLVER.AMP.ENABLED", "True", "SOLVER.EMA_DECAY", "0.9"]),

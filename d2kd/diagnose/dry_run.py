@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..complexity import num_parameters
 from ..contract import Dense, channel_order, level_channels, level_strides
 from ..errors import D2kdError
+from ..heads import Cut
 from .gradients import gradient_ratios, weight_warnings
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def method_table(model: "DistillMetaArch") -> str:
     maps = ", ".join(own if own == theirs else f"{own} : {theirs}" for own, theirs in model.paths) or "FPN features"
     for method in model.methods:
         reads = "predictions" if method.reads_head else maps
-        cuts = ", ".join(f"cut {cut.convs}{' before activation' if cut.pre_activation else ''}" for cut in method.cuts)
+        cuts = ", ".join(describe_cuts(*pair) for pair in zip(method.cuts, method.teacher_cuts))
         trained = parameter_count(method)[""]
         kinds = Counter(type(m).__name__ for m in method.modules() if m._parameters)
         adapters = (
@@ -84,6 +85,12 @@ def method_table(model: "DistillMetaArch") -> str:
         )
         rows.append([type(method).__name__, f"{reads}, {cuts}" if cuts else reads, adapters])
     return tabulate(rows, headers=["method", "reads", "trains"], tablefmt="simple")
+
+
+def describe_cuts(own: Cut, theirs: Cut) -> str:
+    """Where a method cuts the towers of student and teacher."""
+    convs = f"{own.convs}" if own == theirs else f"{own.convs} : {theirs.convs}"
+    return f"cut {convs}{' before activation' if own.pre_activation else ''}"
 
 
 def loss_table(losses: Mapping[str, Tensor], ratios: Mapping[str, float]) -> str:

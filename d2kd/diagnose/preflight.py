@@ -61,7 +61,8 @@ def check_teacher(model: nn.Module, loader: Any, num_images: int) -> None:
     verdict = ""
     if comm.is_main_process():
         try:
-            examine(model, getattr(loader, "dataset", None), num_images)
+            with model.teacher.engine.exact():
+                examine(model, getattr(loader, "dataset", None), num_images)
         except D2kdError as error:
             verdict = str(error)
     verdict = comm.all_gather(verdict)[0]

@@ -4,6 +4,8 @@ import multiprocessing
 import os
 import signal
 import socket
+import threading
+import time
 from contextlib import contextmanager
 from typing import Any, Callable, Iterator, TypeVar
 from urllib.parse import urlparse
@@ -20,6 +22,8 @@ Result = TypeVar("Result")
 ATTEMPT = "d2kd_attempt"
 # Seconds in which processes have to save themselves after SIGTERM.
 LEAVE_WITHIN = 600
+# Seconds after which a process notices that the one that started it has ended.
+NOTICE_WITHIN = 0.5
 
 
 def under_torchrun() -> bool:
@@ -33,6 +37,7 @@ def join_torchrun() -> None:
     torchrun gives a restarted run the store of the first attempt, which holds the addresses of processes that are gone
     (pytorch issue 135712). So each attempt writes below a name of its own.
     """
+    end_with(os.getppid())
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -91,6 +96,31 @@ def sigterm_for_children() -> Iterator[None]:
         signal.alarm(0)
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def end_with_launcher() -> None:
+    """Makes a process that :func:`detectron2.engine.launch` has started end when its parent does; else does nothing.
+
+    torch sends such a process SIGINT, which is ignored under nohup.
+    """
+    launcher = multiprocessing.parent_process()
+    if launcher is not None and launcher.pid is not None:
+        end_with(launcher.pid)
+
+
+def end_with(parent: int) -> None:
+    """Makes this process end soon after its parent has ended, even by kill -9.
+
+    Args:
+        parent: its process id.
+    """
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(NOTICE_WITHIN)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="end_with_parent", daemon=True).start()
 
 
 def check_address(url: str, num_machines: int, machine_rank: int) -> None:

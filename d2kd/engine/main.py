@@ -3,7 +3,8 @@
 import argparse
 import os
 import sys
-from typing import List, Optional, Sequence, Type
+from contextlib import nullcontext
+from typing import ContextManager, List, NamedTuple, Optional, Type
 
 import torch
 from detectron2.engine import default_argument_parser, default_setup, launch
@@ -25,11 +26,19 @@ from ..errors import (
 from ..keys import lazy_keys
 from .devices import check_num_gpus
 from .hooks import EXIT_PREEMPTED, Preempted
-from .launch import check_address, join_torchrun, once_per_machine, sigterm_for_children, under_torchrun
+from .launch import (
+    check_address,
+    end_with_launcher,
+    join_torchrun,
+    once_per_machine,
+    sigterm_for_children,
+    under_torchrun,
+)
 from .logs import log_remarks, run_logs
 from .recipe import Recipe
 from .run import dry_run, evaluate, train
 from .run_folder import ALLOW, RunFolder
+from .sources import Sources, describe_sources
 from .styles import is_lazy, load_recipe
 from .trainer import Trainer
 from .values import check_batch, check_values, check_weights_file
@@ -101,7 +110,9 @@ def parser() -> argparse.ArgumentParser:
     arguments = default_argument_parser(EPILOG)
     arguments.set_defaults(dist_url="auto")  # detectron2's own is the same port for all runs of a user
     arguments.add_argument(
-        ALLOW, action="store_true", help="let --resume continue although config or teacher have changed"
+        ALLOW,
+        action="store_true",
+        help="let --resume continue although config, teacher or data have changed",
     )
     arguments.set_defaults(data=None)  # what load_recipe reads of these
     arguments.add_argument(
@@ -161,22 +172,29 @@ def _start(args: argparse.Namespace, trainer: Type[Trainer]) -> None:
         _work(args, trainer, once_per_machine(lambda: _check(args, recipe)), recipe)
         return
     recipe = load_recipe(args)
-    remarks = _check(args, recipe)
+    checked = _check(args, recipe)
     if args.dry_run:
-        print(*(text for _, text in remarks), sep="\n")
+        print(*(text for _, text in checked.remarks), sep="\n")
         with known_mistakes():
             print(dry_run(recipe, trainer))
     elif args.num_gpus * args.num_machines > 1:
         check_address(args.dist_url, args.num_machines, args.machine_rank)
         with sigterm_for_children():
-            arguments = (args, trainer, remarks)
+            arguments = (args, trainer, checked)
             launch(_work, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args=arguments)
     else:
-        _work(args, trainer, remarks, recipe)
+        _work(args, trainer, checked, recipe)
 
 
-def _check(args: argparse.Namespace, recipe: Recipe) -> List[Remark]:
-    """Checks what can be checked before anything is built; returns what to log about the data.
+class Checked(NamedTuple):
+    """What the checks before a run have found: what to log about the data, and what the run learns from."""
+
+    remarks: List[Remark]
+    sources: Sources
+
+
+def _check(args: argparse.Namespace, recipe: Recipe) -> Checked:
+    """Checks what can be checked before anything is built, once per machine.
 
     Raises:
         D2kdError: something is wrong.
@@ -188,29 +206,37 @@ def _check(args: argparse.Namespace, recipe: Recipe) -> List[Remark]:
     sets = [*([] if args.eval_only else recipe.train_sets), *recipe.test_sets]
     remarks = [args.data.remark()] if args.data else []
     remarks += check_datasets(sets, recipe.num_classes, evaluated=recipe.test_sets)
+    sources = {} if args.dry_run or args.eval_only else describe_sources(recipe)
     if not args.dry_run:
         folder = RunFolder(recipe, args.data)
         folder.make()
-        if not args.eval_only:
-            folder.check(args.resume, args.allow_config_change)
-    return remarks
+        with _lock(folder, args):
+            if not args.eval_only:
+                folder.check(args.resume, args.allow_config_change, sources)
+    return Checked(remarks, sources)
 
 
-def _work(
-    args: argparse.Namespace, trainer: Type[Trainer], remarks: Sequence[Remark], recipe: Optional[Recipe] = None
-) -> None:
+def _lock(folder: RunFolder, args: argparse.Namespace) -> ContextManager[None]:
+    """Locks the folder of a run for the one process that writes there, or for what starts it."""
+    return folder.lock() if args.machine_rank == 0 and comm.is_main_process() else nullcontext()
+
+
+def _work(args: argparse.Namespace, trainer: Type[Trainer], checked: Checked, recipe: Optional[Recipe] = None) -> None:
     """What each process does; one that was started loads the config itself."""
+    if recipe is None:
+        end_with_launcher()
     with lazy_keys(is_lazy(args.config_file)):
         recipe = recipe or load_recipe(args)
         folder = RunFolder(recipe, args.data)
-        with run_logs(folder.path), known_mistakes():
+        logs = os.path.join(folder.path, "inference") if args.eval_only else folder.path  # config.yaml is the run's
+        with _lock(folder, args), run_logs(logs), known_mistakes():
             if not args.eval_only:
                 recipe = recipe.with_seed(folder.saved_seed() if args.resume else -1)
-            default_setup(recipe.config, args)
+            default_setup(recipe.changed("OUTPUT_DIR", logs).config, args)
             if comm.is_main_process():
-                log_remarks(remarks)
+                log_remarks(checked.remarks)
                 if not args.eval_only:
-                    RunFolder(recipe, args.data).record()
+                    RunFolder(recipe, args.data).record(checked.sources)
             do = evaluate if args.eval_only else train
             do(recipe, trainer, args.resume)
 

@@ -1,25 +1,27 @@
-"""The folder of a run. It records config and teacher, so that no run overwrites or mixes with another."""
+"""The folder of a run. It records config, teacher and data, so that no run overwrites or mixes with another."""
 
-import hashlib
 import json
 import logging
 import os
+import shlex
+import sys
 import tempfile
+import time
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, Dict, List, Optional
-from urllib.parse import urlparse
-
-from detectron2.utils.file_io import PathManager
+from typing import Any, ContextManager, Dict, List, Optional
 
 from ..checkpoint import files
 from ..checkpoint.names import some
 from ..checkpoint.run_checkpoints import checkpoints_in, report_write_errors
 from ..data.own import OwnData
 from ..errors import D2kdError
+from .lock import locked
 from .recipe import Recipe
+from .sources import SOURCE_FILES, Sources, changes
 
 ALLOW = "--allow-config-change"
+CONFIG_FILE = "run.json"
 _MISSING = "(absent)"
 
 
@@ -51,15 +53,21 @@ class RunFolder:
                 f"the folder {self.path} cannot be written to ({error.strerror}); set {self.path_key} to another one"
             ) from error
 
-    def check(self, resume: bool, allow_change: bool) -> None:
+    def lock(self) -> ContextManager[None]:
+        """Keeps other runs out of the folder; see :func:`locked`."""
+        return locked(self.path, f"wait for its end, or set {self.path_key} to another folder")
+
+    def check(self, resume: bool, allow_change: bool, sources: Sources) -> None:
         """Checks that the run does not overwrite or mix with another one. A folder without checkpoints is free.
 
         Args:
             resume: whether the run continues from the checkpoints there.
-            allow_change: whether config and teacher may have changed.
+            allow_change: whether config, teacher and data may have changed.
+            sources: what the run learns from.
 
         Raises:
-            D2kdError: there are checkpoints and ``resume`` is not set, or they belong to another config or teacher.
+            D2kdError: there are checkpoints and ``resume`` is not set, or they belong to another config, teacher or
+                data.
         """
         if not checkpoints_in(self.path):
             return
@@ -71,34 +79,37 @@ class RunFolder:
         if allow_change:
             return
         self._check_config()
-        self._check_teacher()
+        self._check_sources(sources)
 
     def saved_seed(self) -> int:
         """Seed of the run in the folder; -1 if unknown."""
-        return int(_read_json(self._config_file).get(self.recipe.key("SEED"), -1))
+        seed = _read_json(self._config_file).get(self.recipe.key("SEED"))
+        return seed if type(seed) is int else -1
 
-    def record(self) -> None:
-        """Writes run.json (the config) and teacher.json, and removes partial files of a killed process.
+    def record(self, sources: Sources) -> None:
+        """Writes run.json (the config), teacher.json and data.json, and adds the command to commands.txt.
+
+        It also removes partial files of a killed process.
+
+        Args:
+            sources: what the run learns from.
 
         Raises:
             D2kdError: the folder cannot be written.
         """
         for partial in Path(self.path).glob(f"*{files.PARTIAL}"):
             partial.unlink()
-        content = {self._config_file: self.values}
-        if self.recipe.teacher:
-            content[self._teacher_file] = describe_file(self.recipe.teacher)
-        for path, value in content.items():
+        for name, value in {CONFIG_FILE: self.values, **sources}.items():
+            path = os.path.join(self.path, name)
             with report_write_errors(path):
                 files.write_text(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
+        commands = os.path.join(self.path, "commands.txt")
+        with report_write_errors(commands), open(commands, "a", encoding="utf-8") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(['python', *sys.argv])}\n")
 
     @property
     def _config_file(self) -> str:
-        return os.path.join(self.path, "run.json")
-
-    @property
-    def _teacher_file(self) -> str:
-        return os.path.join(self.path, "teacher.json")
+        return os.path.join(self.path, CONFIG_FILE)
 
     def _check_config(self) -> None:
         saved = _read_json(self._config_file)
@@ -129,37 +140,16 @@ class RunFolder:
             and not any(fnmatch(key, pattern) for pattern in free)
         )
 
-    def _check_teacher(self) -> None:
-        saved = _read_json(self._teacher_file)
-        if not saved or not self.recipe.teacher:
-            return
-        present = describe_file(self.recipe.teacher)
-        if present["sha256"] != saved["sha256"]:
-            raise D2kdError(
-                f"the teacher {present['file']} is not the one this run was started with ({saved['file']}, SHA-256 "
-                f"{saved['sha256'][:12]}..., now {present['sha256'][:12]}...): put that file back, or accept the "
-                f"new one with {ALLOW}"
-            )
-
-
-def describe_file(path: str) -> Dict[str, str]:
-    """Returns the path as given, the local file and its SHA-256.
-
-    Raises:
-        D2kdError: there is no such file.
-    """
-    try:
-        local = PathManager.get_local_path(urlparse(path)._replace(query="").geturl())
-        digest = hashlib.sha256(Path(local).read_bytes()).hexdigest()
-    except OSError as error:
-        raise D2kdError(f"the teacher's weights {path} cannot be read ({error}); check the path") from error
-    return {"path": path, "file": os.path.abspath(local), "sha256": digest}
+    def _check_sources(self, present: Sources) -> None:
+        saved = {name: _read_json(os.path.join(self.path, name)) for name in SOURCE_FILES}
+        for change in changes(saved, present):
+            raise D2kdError(f"{change}: put it back, or accept what is there now with {ALLOW}")
 
 
 def _read_json(path: str) -> Dict[str, Any]:
     """Returns the content of a file, empty if the file is missing or damaged."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -24,7 +24,7 @@ from ..data.bad_images import BadImages
 from ..diagnose.preflight import check_teacher
 from ..errors import known_mistakes
 from .devices import wrap_ddp
-from .hooks import EMA, Reproducible, Saving, Watch
+from .hooks import EMA, Evaluation, Reproducible, Saving, Watch
 from .precision import amp_trainer
 from .recipe import Config
 from .styles import to_recipe
@@ -39,6 +39,8 @@ class Trainer(DefaultTrainer):
     Args:
         cfg: a ``CfgNode`` with d2kd's keys, or a LazyConfig. A negative seed stands for a random one.
     """
+
+    iter: int
 
     def __init__(self, cfg: Config) -> None:
         # DefaultTrainer's own constructor leaves no choice of DDP on the CPU, checkpointer and precision.
@@ -101,6 +103,10 @@ class Trainer(DefaultTrainer):
             self.watch.explain(error)
             raise
 
+    def after_train(self) -> None:
+        self.iter = min(self.iter, self.max_iter)  # detectron2 counts one more where a finished run is resumed
+        super().after_train()
+
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
         """Loads the state of a checkpoint; those of stock LazyConfig runs hold the inner trainer's alone."""
         super().load_state_dict({"_trainer": state_dict, **state_dict})
@@ -116,10 +122,11 @@ class Trainer(DefaultTrainer):
         ema = EMA(self.checkpointer.model, options.ema_decay, options.output_dir) if options.ema_decay else None
         built += [ema] if ema else []
         built += [BadImages()] if getattr(getattr(loader, "dataset", None), "skip_bad_images", False) else []
-        built.append(Saving(self.checkpointer, self.watch, options.checkpoint_period, options.max_to_keep))
-        built.append(hooks.EvalHook(options.eval_period, self._evaluate))
+        saving = Saving(self.checkpointer, self.watch, options.checkpoint_period, options.max_to_keep)
+        built += [saving, Evaluation(options.eval_period, self._evaluate, saving)]
         if ema:
-            built.append(hooks.EvalHook(options.eval_period, lambda: {"ema": self._evaluate_average(ema.average)}))
+            average = ema.average
+            built.append(Evaluation(options.eval_period, lambda: {"ema": self._evaluate_average(average)}, saving))
         if comm.is_main_process():
             built.append(hooks.PeriodicWriter(self.build_writers(), options.log_period))
         return built

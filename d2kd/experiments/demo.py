@@ -5,6 +5,7 @@ from statistics import mean
 from typing import List, NamedTuple
 
 from ..data import dataset_root
+from ..report import write_report
 from .pictures import draw_curves, draw_grid
 from .series import Run, prepare_data, run_all, table
 
@@ -96,6 +97,8 @@ class Demo(NamedTuple):
         draw_grid(data / "instances_val.json", data / "images", detections, self.folder / "detections.png")
         for name in ("table.md", "curves.png", "detections.png"):
             print(f"wrote {self.folder / name}")
+        pages = [(run.label, run.folder) for run in runs]
+        print(f"wrote {write_report(pages, self.folder / 'report.html', f'Demo: {self.detector} on {self.data}')}")
         checkpoint = first[LABELS["crosskd"]].checkpoint
         print(f"the distilled student, a plain detector: {checkpoint}")
         print("\nnext, use your own data (docs/custom_data.md), or evaluate the student:")

@@ -19,6 +19,7 @@ from ..data.checks import check_datasets
 from ..data.own import OwnData, prepare_own_data
 from ..engine.logs import log_remarks
 from ..errors import D2kdError, check_choice
+from ..report import write_report
 from .pictures import draw_curves, draw_grid
 from .plan import FACTORS, Anchors, Images, Measured, choose_anchors, image_size, measure, read_sizes, write_config
 from .series import ROOT, Run, run_all, table
@@ -336,7 +337,7 @@ class OwnDistillation:
         return STARTING + EVALUATIONS * images * forward
 
     def _report(self, runs: Sequence[Run]) -> None:
-        """Writes the table and the pictures."""
+        """Writes the table, the pictures and the page with everything."""
         text = table(runs)
         print(f"\n{text}\n")
         (self.folder / "table.md").write_text(text + "\n")
@@ -349,6 +350,9 @@ class OwnDistillation:
         draw_grid(Path(shown.json_file), Path(shown.image_root), found, self.folder / "detections.png")
         for name in ("table.md", "curves.png", "detections.png"):
             print(f"wrote {self.folder / name}")
+        pages = [(run.label, run.folder) for run in runs]
+        title = f"Distillation on {', '.join(self.train_data)}"
+        print(f"wrote {write_report(pages, self.folder / 'report.html', title)}")
 
     def _export(self, runs: Sequence[Run]) -> None:
         """Exports the first distilled student; ONNX too where its packages are installed."""

@@ -35,8 +35,13 @@ class Method(nn.Module):
 
     @property
     def cuts(self) -> Sequence[Cut]:
-        """Where to tap the towers of both heads."""
+        """Where to tap the towers of the student's head."""
         return ()
+
+    @property
+    def teacher_cuts(self) -> Sequence[Cut]:
+        """Where to tap the towers of the teacher's head; by default as in the student's."""
+        return self.cuts
 
     def setup(self, student: Dense, teacher: Dense, channels: Channels) -> None:
         """Checks that student and teacher fit, and makes the method's adapters. Called once, when the model is built.

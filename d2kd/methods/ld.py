@@ -82,7 +82,7 @@ class LD(Method):
             )
 
     def forward(self, student: DenseOutputs, teacher: DenseOutputs, targets: Targets) -> Dict[str, Tensor]:
-        confidence = student.logits.detach().sigmoid().amax(-1) * targets.positive
+        confidence = student.best_scores * targets.positive
         losses = {"loss_ld_main": self.weight * self._box_loss(student, teacher, confidence)}
         if self.vlr_weight:
             region = self.region(student, targets)

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ..dense import DenseOutputs, Targets
 from ..errors import check_choice
-from ..losses import BOX_LOSSES, centerness_targets, kd_quality_focal_loss, kl_divergence_loss
+from ..level_losses import kd_quality_focal_sum
+from ..losses import BOX_LOSSES, centerness_targets, kl_divergence_loss
 from ..workers import mean_over_workers
 from .base import METHOD_REGISTRY, Method
 
@@ -69,16 +70,19 @@ class ResponseKD(Method):
         ours = self.imitating_outputs(student, teacher)
         weights = targets.weights if self.mask_padding else torch.ones_like(targets.weights)
         normalizer = targets.num_pos if self.normalizer == "positives" else centerness_sum(student, targets)
-        cls_loss = kd_quality_focal_loss(ours.shared_logits, teacher.shared_logits, self.beta).sum(-1)
-        confidence = teacher.logits.amax(-1).sigmoid() * weights
+        confidence = teacher.best_scores * weights
         losses = {
-            f"{self.prefix}_cls": self.cls_weight * (cls_loss * weights).sum() / normalizer,
+            f"{self.prefix}_cls": self.cls_weight * self._cls_loss(ours, teacher, weights) / normalizer,
             f"{self.prefix}_box": self.box_weight * self._box_loss(ours, teacher, confidence, normalizer),
         }
         if self.centerness_weight and ours.centerness is not None and teacher.centerness is not None:
             loss = centerness_loss(ours.centerness, teacher.centerness, targets)
             losses[f"{self.prefix}_centerness"] = self.centerness_weight * loss
         return losses
+
+    def _cls_loss(self, ours: DenseOutputs, teacher: DenseOutputs, weights: Tensor) -> Tensor:
+        levels = zip(ours.shared_logit_maps, teacher.shared_logit_maps, teacher.to_maps(weights))
+        return torch.stack([kd_quality_focal_sum(*level, self.beta) for level in levels]).sum()
 
     def _box_loss(self, ours: DenseOutputs, teacher: DenseOutputs, confidence: Tensor, normalizer: Tensor) -> Tensor:
         if ours.num_bins is None or ours.num_bins != teacher.num_bins:

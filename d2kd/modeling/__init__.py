@@ -5,6 +5,7 @@ from .backbone import ExtraLevels, LateralFPN, build_extra_fpn_backbone, make_fp
 from .config import add_detector_config
 from .fcos import FCOS, FCOSHead
 from .gfl import GFL, GFLHead
+from .timm_backbone import TimmBackbone, build_timm_fpn_backbone
 
 __all__ = [
     "ATSS",
@@ -15,8 +16,10 @@ __all__ = [
     "GFLHead",
     "ExtraLevels",
     "LateralFPN",
+    "TimmBackbone",
     "add_detector_config",
     "build_extra_fpn_backbone",
+    "build_timm_fpn_backbone",
     "make_fpn",
     "make_resnet",
 ]

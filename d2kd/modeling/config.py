@@ -1,4 +1,4 @@
-"""Config nodes for the detectors in this package."""
+"""Config nodes for the detectors and backbones in this package."""
 
 from detectron2.config import CfgNode
 
@@ -8,6 +8,8 @@ from .gfl import GFL
 
 
 def add_detector_config(cfg: CfgNode) -> None:
-    """Adds MODEL.GFL, MODEL.ATSS and MODEL.FCOS in place, with keys and defaults from the classes' signatures."""
+    """Adds MODEL.GFL, MODEL.ATSS and MODEL.FCOS, from the classes' signatures, and MODEL.TIMM, in place."""
     for detector in (GFL, ATSS, FCOS):
         cfg.MODEL[detector.config_node] = CfgNode(detector.config_defaults())
+    # For the backbone "build_timm_fpn_backbone", see TimmBackbone. PRETRAINED: True, or the path of a file.
+    cfg.MODEL.TIMM = CfgNode({"NAME": "", "PRETRAINED": None, "NORM": "FrozenBN"})

@@ -1,8 +1,9 @@
 """What d2kd's trainer adds to detectron2's hooks: exact repetition, saving, EMA, non-finite losses, bad images."""
 
 from .ema import EMA
+from .evaluation import Evaluation
 from .reproducible import Reproducible
-from .saving import EXIT_PREEMPTED, Preempted, Saving
-from .watch import Watch
+from .saving import Saving
+from .watch import EXIT_PREEMPTED, Preempted, Watch
 
-__all__ = ["EMA", "EXIT_PREEMPTED", "Preempted", "Reproducible", "Saving", "Watch"]
+__all__ = ["EMA", "EXIT_PREEMPTED", "Evaluation", "Preempted", "Reproducible", "Saving", "Watch"]

@@ -1,23 +1,14 @@
 """Checkpoints of a run, and its end on SIGTERM."""
 
 import logging
-from typing import Any, Dict, List, Optional
+from contextlib import contextmanager
+from typing import Any, Dict, Iterator, List, Optional
 
 from detectron2.engine import hooks
 from detectron2.utils import comm
 
 from ...checkpoint.run_checkpoints import RunCheckpointer
-from .watch import Watch
-
-#: Exit status after SIGTERM: sysexits.h's EX_TEMPFAIL, "try again later".
-EXIT_PREEMPTED = 75
-
-
-class Preempted(SystemExit):
-    """The run was asked to stop and has saved itself."""
-
-    def __init__(self) -> None:
-        super().__init__(EXIT_PREEMPTED)
+from .watch import Preempted, Watch
 
 
 class Saving(hooks.PeriodicCheckpointer):
@@ -39,27 +30,55 @@ class Saving(hooks.PeriodicCheckpointer):
         super().__init__(checkpointer, period, max_to_keep=max_to_keep)
         self._watch = watch
         self._normalizers: List[Optional[float]] = []
+        #: Whether the evaluation that was due at the iteration of the loaded checkpoint was broken off.
+        self.evaluation_is_missing = False
 
     def after_step(self) -> None:
         iteration = self.trainer.iter
         is_last = iteration + 1 >= self.trainer.max_iter
         is_due = is_last or (iteration + 1) % self.period == 0
         stop = self._watch.stop and not is_last
+        self.evaluation_is_missing = False
         if is_due or stop:
-            self._normalizers = comm.all_gather(getattr(self.checkpointer.model, "loss_normalizer", None))
+            self._gather_normalizers()
         if comm.is_main_process():
             super().after_step()
             if stop and not is_due:
-                self.save(f"{self.file_prefix}_{iteration:07d}", iteration=iteration)
+                self._save_now()
         if stop:
             comm.synchronize()  # no rank leaves, and so ends the others, before the checkpoint is written
             logging.getLogger(__name__).warning("SIGTERM: stopped and saved after iteration %d", iteration)
             raise Preempted
 
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Within it SIGTERM ends the run at once; the iteration that has ended is saved, if it was not the last.
+
+        Raises:
+            Preempted: on SIGTERM.
+        """
+        self._gather_normalizers()  # the processes cannot meet again after SIGTERM
+        try:
+            with self._watch.evaluating():
+                yield
+        except Preempted:
+            if comm.is_main_process() and self.trainer.iter + 1 < self.trainer.max_iter:
+                self.evaluation_is_missing = True
+                self._save_now()
+            logging.getLogger(__name__).warning("SIGTERM: stopped in an evaluation, which --resume does again")
+            raise
+
+    def _gather_normalizers(self) -> None:
+        self._normalizers = comm.all_gather(getattr(self.checkpointer.model, "loss_normalizer", None))
+
+    def _save_now(self) -> None:
+        self.save(f"{self.file_prefix}_{self.trainer.iter:07d}", iteration=self.trainer.iter)
+
     def state_dict(self) -> Dict[str, Any]:
-        return {"loss_normalizers": self._normalizers}
+        return {"loss_normalizers": self._normalizers, "evaluation_is_missing": self.evaluation_is_missing}
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
+        self.evaluation_is_missing = state_dict.get("evaluation_is_missing", False)
         saved = state_dict["loss_normalizers"]
         own = saved[comm.get_rank() % len(saved)]  # the number of processes may have changed
         if own is not None:

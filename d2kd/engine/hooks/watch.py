@@ -1,8 +1,8 @@
 """What each process watches for in a step, and how all of them learn of it."""
 
 import signal
-from contextlib import ExitStack
-from typing import Any, Dict, List, NoReturn, Optional, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Dict, Iterator, List, NoReturn, Optional, Sequence
 
 import torch
 from detectron2.engine import HookBase, SimpleTrainer
@@ -12,12 +12,22 @@ from torch import Tensor, nn
 from ...diagnose.finite import levels_after_error
 from ...errors import D2kdError
 
+#: Exit status after SIGTERM: sysexits.h's EX_TEMPFAIL, "try again later".
+EXIT_PREEMPTED = 75
+
+
+class Preempted(SystemExit):
+    """The run was asked to stop and has saved itself."""
+
+    def __init__(self) -> None:
+        super().__init__(EXIT_PREEMPTED)
+
 
 class Watch(HookBase):
     """Watches the losses and SIGTERM. All processes learn of both by one reduction of a few bytes in each step.
 
     A loss that is not finite ends training before the weights are touched; the error names the loss, the levels and
-    the images. SIGTERM only sets ``stop``. Use it as a context while training.
+    the images. SIGTERM only sets ``stop``, except in an evaluation. Use it as a context while training.
 
     Args:
         trainer: runs the steps; the hook registers itself.
@@ -29,6 +39,7 @@ class Watch(HookBase):
     def __init__(self, trainer: SimpleTrainer) -> None:
         self.stop = False
         self._signaled = False
+        self._at_once = False
         self._batch: List[Dict[str, Any]] = []
         self._losses: Dict[str, Tensor] = {}
         self._watching = ExitStack()
@@ -57,6 +68,26 @@ class Watch(HookBase):
         if not_finite:
             self._end()
 
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Within it SIGTERM ends each process at once: an evaluation changes no weights, and may take long.
+
+        Raises:
+            Preempted: this process got SIGTERM. An error that follows, since others have gone, is converted to it.
+        """
+        self._at_once = True
+        try:
+            if self._signaled:
+                raise Preempted
+            yield
+        except Exception as error:
+            self._at_once = False
+            if self._signaled:
+                raise Preempted from error
+            raise
+        finally:
+            self._at_once = False
+
     def explain(self, error: Exception) -> None:
         """Raises D2kdError if an error in a step comes from features that are not finite: some losses refuse those.
 
@@ -71,6 +102,9 @@ class Watch(HookBase):
     def _on_sigterm(self, *_: Any) -> None:
         self._signaled = True
         self.stop = self.stop or comm.get_world_size() == 1
+        if self._at_once:
+            self._at_once = False  # the next one must not end what is done before the process ends
+            raise Preempted
 
     def _keep_batch(self, model: nn.Module, inputs: Sequence[Any]) -> None:
         if model.training:

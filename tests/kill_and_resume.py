@@ -1,4 +1,11 @@
-"""Kills a training run again and again, resumes it, and compares its end with an unbroken run's, bit for bit."""
+"""Kills a training run again and again with SIGKILL, resumes it, and compares its end with an unbroken run's.
+
+Run it by hand: ``python tests/kill_and_resume.py --kills 30 --parent-kills 10 --num-gpus 2``. The run distills with
+EMA and in mixed precision. It is killed up to --longest seconds after it began to train, or after its first, second or
+third new checkpoint: all of its processes, or only the one that started the others, which must then end on their own.
+Both runs must end with the same model, optimizer, schedule and running state, bit for bit. Everything is tiny and lies
+in a temporary folder: a teacher of a few iterations, and drawn images.
+"""
 
 import argparse
 import os
@@ -6,19 +13,24 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any, Iterator, List
 
 import torch
 
-from ..checkpoint import files
-from ..checkpoint.run_checkpoints import checkpoints_in
-from ..data import write_blood_cells
-from .series import ROOT
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from d2kd.checkpoint import files  # noqa: E402
+from d2kd.checkpoint.run_checkpoints import checkpoints_in  # noqa: E402
+from d2kd.data import write_blood_cells  # noqa: E402
 
 LOG = "Starting training from iteration"
-TIMEOUT = 300.0
+# Seconds in which processes end whose parent was killed.
+ALONE = 30.0
+TIMEOUT = 900.0
 
 
 class Runs:
@@ -39,10 +51,11 @@ class Runs:
         self.options = ["SEED", "1", "SOLVER.MAX_ITER", str(args.iterations), "DATASETS.TEST", "()"]
         self.options += ["SOLVER.CHECKPOINT_PERIOD", str(args.period), "INPUT.CROP.ENABLED", "True"]
         self.options += ["SOLVER.EMA_DECAY", "0.9", "DATALOADER.NUM_WORKERS", str(args.workers)]
+        self.options += ["SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.DTYPE", "bfloat16", *args.opts]
 
     def start(self, name: str, config: str, *options: str) -> subprocess.Popen:
-        """Starts or resumes a run in its own folder and process group; its output goes to <name>.log."""
-        command = [sys.executable, "train_net.py", "--config-file", f"configs/{config}.yaml", "--resume"]
+        """Starts or resumes a run in its own folder and process group, as nohup does; its output goes to <name>.log."""
+        command = ["nohup", sys.executable, "train_net.py", "--config-file", f"configs/{config}.yaml", "--resume"]
         command += ["--num-gpus", str(self.processes), "--dist-url", "auto", *self.options]
         with open(self.log(name), "a") as log:
             return subprocess.Popen(
@@ -76,7 +89,7 @@ class Runs:
         return log.read_text().count(LOG) if log.exists() else 0
 
 
-def kill_at_random(runs: Runs, name: str, longest: float, rng: random.Random) -> bool:
+def kill_at_random(runs: Runs, name: str, longest: float, rng: random.Random, parent_only: bool) -> bool:
     """Starts or resumes a run and kills it at a random moment after it began to train.
 
     That is up to ``longest`` seconds after its start, or after its first, second or third new checkpoint.
@@ -96,10 +109,25 @@ def kill_at_random(runs: Runs, name: str, longest: float, rng: random.Random) ->
     try:
         process.wait(rng.uniform(0.0, longest))
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        os.kill(process.pid, signal.SIGKILL) if parent_only else os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        if not ends(process.pid):
+            os.killpg(process.pid, signal.SIGKILL)
+            sys.exit(f"processes are left {ALONE:.0f} s after their parent was killed")
         return True
     runs.finish(name, process)
+    return False
+
+
+def ends(group: int) -> bool:
+    """Whether all processes of a group end in time."""
+    deadline = time.monotonic() + ALONE
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.05)
     return False
 
 
@@ -134,16 +162,39 @@ def kill_and_resume(folder: Path, args: argparse.Namespace) -> int:
     started = time.monotonic()
     runs.finish("unbroken", runs.start_student("unbroken"))
     print(f"unbroken run: {args.iterations} iterations, {time.monotonic() - started:.0f} s", flush=True)
-    rng, kills = random.Random(args.seed), 0
-    while kills < args.kills and kill_at_random(runs, "killed", args.longest, rng):
-        kills += 1
+    rng = random.Random(args.seed)
+    plan = [False] * args.kills + [True] * args.parent_kills
+    rng.shuffle(plan)
+    for number, parent_only in enumerate(plan, start=1):
+        if not kill_at_random(runs, "killed", args.longest, rng, parent_only):
+            print(f"the run ended after {number - 1} kills; raise --iterations or lower --longest")
+            return 2
         pointer = folder / "killed" / "last_checkpoint"
         last = pointer.read_text() if pointer.exists() else "no checkpoint"
-        print(f"killed {kills} of {args.kills}: {last}", flush=True)
-    if kills < args.kills:
-        print(f"the run ended after {kills} kills; raise --iterations or lower --longest")
-        return 2
+        print(f"killed {number} of {len(plan)}{', the parent alone' * parent_only}: {last}", flush=True)
     runs.finish("killed", runs.start_student("killed"))
     found = compare(folder)
-    print(f"after {kills} kills: " + ("the same, bit for bit" if not found else f"different: {', '.join(found[:5])}"))
+    print(
+        f"after {len(plan)} kills: " + ("the same, bit for bit" if not found else f"different: {', '.join(found[:5])}")
+    )
     return 1 if found else 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20, help="how often to kill all processes (default 20)")
+    parser.add_argument("--parent-kills", type=int, default=0, help="how often to kill the parent alone (default 0)")
+    parser.add_argument("--iterations", type=int, default=200, help="of the run (default 200)")
+    parser.add_argument("--period", type=int, default=3, help="iterations between checkpoints (default 3)")
+    parser.add_argument("--longest", type=float, default=1.0, help="see above, in seconds (default 1)")
+    parser.add_argument("--workers", type=int, default=0, help="data loading processes (default 0)")
+    parser.add_argument("--num-gpus", type=int, default=1, help="training processes, GPUs if there are any (default 1)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills (default 0)")
+    parser.add_argument("opts", nargs="*", help="overrides of the student's config, KEY value")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="kill_and_resume_") as folder:
+        return kill_and_resume(Path(folder), args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,7 @@
+"""RetinaNet R18 with 64 channels in FPN and head."""
+
+from .common.heads import narrow
+from .retinanet_R18 import dataloader, lr_multiplier, model, optimizer, train
+
+narrow(model, 64)
+train.output_dir = "output/lazy_retinanet_R18_64"

@@ -1,0 +1,236 @@
+"""Runs guard their folder and themselves: signals while they evaluate, changed teachers and data, odd files."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation import COCOEvaluator
+from runs import assert_same_end, command, last_error, lazy_command, resume, sigterm, train
+from small import CONFIGS
+
+from d2kd.checkpoint.run_checkpoints import checkpoints_in
+from d2kd.engine import lock
+from d2kd.engine.hooks import EXIT_PREEMPTED
+from d2kd.engine.main import parser
+from d2kd.engine.run_folder import RunFolder
+from d2kd.engine.styles import load_recipe
+from d2kd.experiments.pictures import read_metrics
+
+EVALUATED = ["TEST.EVAL_PERIOD", "3", "DATASETS.TEST", "('blood_cells_val',)", "SOLVER.EMA_DECAY", "0.9"]
+ALLOWED = ("--resume", "--allow-config-change")
+HOLD = """
+import fcntl, os, sys
+
+with open(sys.argv[1], "a+") as file:
+    fcntl.lockf(file, fcntl.LOCK_EX)
+    print(f"process {os.getpid()} on another machine", end="", file=file, flush=True)
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def in_evaluation(monkeypatch):
+    """Calls ``act`` once in ``in_evaluation(number, act)``, within an evaluation."""
+    process = COCOEvaluator.process
+
+    def set_up(number, act):
+        started = []
+        reset = COCOEvaluator.reset
+
+        def count(self):
+            started.append(self)
+            reset(self)
+
+        def step(self, *args):
+            if len(started) == number:
+                started.append(None)
+                act()
+            process(self, *args)
+
+        monkeypatch.setattr(COCOEvaluator, "reset", count)
+        monkeypatch.setattr(COCOEvaluator, "process", step)
+
+    return set_up
+
+
+def average_precisions(folder):
+    """Iteration, AP and the average's AP of each whole evaluation, as text: both may be NaN."""
+    rows = [row for row in read_metrics(folder) if "ema/bbox/AP" in row]
+    return [f"{row['iteration']} {row['bbox/AP']} {row['ema/bbox/AP']}" for row in rows]
+
+
+@pytest.fixture(scope="module")
+def evaluated(teachers, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluated")
+    assert train(folder, teachers, *EVALUATED) == 0
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [2, 3], ids=["periodic, of EMA", "final"])
+def test_sigterm_breaks_off_an_evaluation_which_the_resumed_run_does(
+    number, teachers, evaluated, tmp_path, in_evaluation, capfd
+):
+    in_evaluation(number, sigterm)
+    assert train(tmp_path, teachers, *EVALUATED) == EXIT_PREEMPTED
+    assert "--resume continues" in last_error(capfd)
+    last = "model_0000002.pth" if number < 3 else "model_final.pth"
+    assert os.path.basename(checkpoints_in(tmp_path)[0]) == last
+    assert len(average_precisions(tmp_path)) == (number > 2)
+    assert resume(tmp_path, teachers, *EVALUATED) == 0
+    assert_same_end(evaluated, tmp_path)
+    assert average_precisions(tmp_path) == average_precisions(evaluated)
+
+
+# ---- one run in a folder
+
+
+@pytest.fixture(scope="module")
+def finished(teachers, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    assert train(folder, teachers, "SOLVER.MAX_ITER", 1) == 0
+    return folder
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy of a finished run."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Starts a process that holds the lock of a folder."""
+    started = []
+
+    def start(folder):
+        folder.mkdir(exist_ok=True)
+        (folder / lock.NAME).unlink(missing_ok=True)
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        started.append(subprocess.Popen([sys.executable, "-c", HOLD, folder / lock.NAME], **pipes))
+        assert started[-1].stdout.readline() == b"locked\n"
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("flags", [(), ("--resume",), ("--eval-only",)])
+def test_a_folder_in_use_is_refused(flags, run, teachers, holder, monkeypatch, capfd):
+    monkeypatch.setattr(lock, "WAIT", 0.0)
+    before = {path.name: path.stat().st_mtime_ns for path in run.iterdir()}
+    other = holder(run)
+    assert train(run, teachers, "SOLVER.MAX_ITER", 2, flags=flags) == 2
+    assert f"{run} is in use by another run (process {other.pid} on " in last_error(capfd)
+    after = {path.name: path.stat().st_mtime_ns for path in run.iterdir()}
+    assert after.pop(lock.NAME)
+    before.pop(lock.NAME)
+    assert after == before
+
+
+def test_the_lock_of_a_killed_process_is_taken_over(holder, tmp_path):
+    other = holder(tmp_path)
+    other.kill()
+    other.wait()
+    with lock.locked(str(tmp_path), ""):
+        assert (tmp_path / lock.NAME).read_text().startswith(f"process {os.getpid()} on ")
+
+
+def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, caplog):
+    def refuse(*_):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(lock.fcntl, "lockf", refuse)
+    with lock.locked(str(tmp_path), ""):
+        assert "has no locks (No locks available)" in caplog.text
+
+
+def test_evaluation_leaves_the_runs_config_alone(run, teachers):
+    kept = {name: (run / name).read_bytes() for name in ("config.yaml", "run.json", "log.txt")}
+    opts = ["MODEL.WEIGHTS", run / "model_final.pth", "DATASETS.TEST", "('blood_cells_val',)", "SEED", 7]
+    assert train(run, teachers, *opts, flags=("--eval-only",)) == 0
+    assert {name: (run / name).read_bytes() for name in kept} == kept
+    assert "SEED: 7" in (run / "inference" / "config.yaml").read_text()
+
+
+# ---- a resumed run learns from the same
+
+
+def edited_teacher(folder, *opts):
+    """A run whose teacher has a config file of its own, as it is and edited."""
+    path = folder / "teacher.yaml"
+    path.write_text(f"_BASE_: {CONFIGS}/quick_retinanet.yaml\n" + "\n".join(opts))
+    return ["MODEL.DISTILL.TEACHER.CONFIG_FILE", path, "SOLVER.MAX_ITER", 1]
+
+
+@pytest.mark.slow
+def test_an_edited_teacher_config_is_refused(teachers, tmp_path, capfd):
+    run = tmp_path / "run"
+    assert train(run, teachers, *edited_teacher(tmp_path)) == 0
+    assert json.loads((run / "teacher.json").read_text())["config"]["INPUT.FORMAT"] == "BGR"
+    assert resume(run, teachers, *edited_teacher(tmp_path, "SOLVER: {MAX_ITER: 77}")) == 0  # does not matter
+    edited = edited_teacher(tmp_path, "INPUT: {FORMAT: RGB}", "MODEL: {PIXEL_MEAN: [0.0, 0.0, 0.0]}")
+    assert resume(run, teachers, *edited) == 2
+    error = last_error(capfd)
+    assert "the teacher's config has changed" in error
+    assert "INPUT.FORMAT was BGR and is RGB, MODEL.PIXEL_MEAN was [103.53, 116.28, 123.675] and is [0.0, " in error
+    assert train(run, teachers, *edited, flags=ALLOWED) == 0
+    assert resume(run, teachers, *edited) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [command, lazy_command])
+def test_edited_annotations_are_refused(make, teachers, blood_cells, tmp_path, capfd, monkeypatch):
+    data = tmp_path / "blood_cells"
+    shutil.copytree(blood_cells, data)
+    path = data / "instances_train.json"
+    monkeypatch.setitem(vars(MetadataCatalog.get("blood_cells_train")), "json_file", str(path))
+    one = {command: ["SOLVER.MAX_ITER", 1], lazy_command: ["train.max_iter=1"]}[make]
+    assert train(tmp_path / "run", teachers, *one, make=make) == 0
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "images": content["images"][::-1]}))
+    assert resume(tmp_path / "run", teachers, *one, make=make) == 2
+    assert f"the annotation file {path} of data set blood_cells_train is not the one" in last_error(capfd)
+    assert train(tmp_path / "run", teachers, *one, make=make, flags=ALLOWED) == 0
+    assert resume(tmp_path / "run", teachers, *one, make=make) == 0
+
+
+# ---- odd files
+
+
+ODD = {
+    "list": "[1, 2]",
+    "number": "3",
+    "null": "null",
+    "not JSON": "{",
+    "deep": "[" * 100_000,
+    "other types": '{"OUTPUT_DIR": "x", "sha256": 3, "config": [1], "blood_cells_train": 7, "file": null}',
+    "empty": "{}",
+}
+
+
+@pytest.mark.parametrize("text", ODD.values(), ids=ODD)
+def test_odd_records_are_not_compared(text, finished, tmp_path):
+    """Of an old version, damaged, or written by somebody else."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    for name in ("run.json", "teacher.json", "data.json"):
+        (tmp_path / name).write_text(text)
+    folder = RunFolder(load_recipe(parser().parse_args(command(tmp_path, tmp_path))))
+    folder.check(True, False, {"teacher.json": {"sha256": "1", "file": "x", "config": {"a": 1}}, "data.json": {}})
+    (tmp_path / "run.json").write_text('{"SEED": "x"}')
+    assert folder.saved_seed() == -1
+
+
+def test_dangling_links_are_passed_over(run, teachers, capfd):
+    (run / "model_0000009.pth").symlink_to(run / "nowhere")
+    (run / "last_checkpoint").write_text("model_0000009.pth")
+    assert resume(run, teachers, "SOLVER.MAX_ITER", 1) == 0
+    assert "model_0000009.pth: no such file" in capfd.readouterr().out
