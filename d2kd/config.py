@@ -47,6 +47,9 @@ def _new_keys() -> CfgNode:
     # Decay of an exponential moving average of the weights, which is evaluated too and saved as model_ema_final.pth;
     # 0 for none. LazyConfig: train.ema_decay.
     new.SOLVER.EMA_DECAY = 0.0
+    # Micro-batches of each process, whose gradients are accumulated before the optimizer's step: k of them are as good
+    # as k processes. IMS_PER_BATCH stays the number of images of a step. LazyConfig: train.accumulate.
+    new.SOLVER.ACCUMULATE = 1
     # Whether training replaces images that cannot be read by others. LazyConfig: train.skip_bad_images.
     new.DATALOADER.SKIP_BAD_IMAGES = False
     # With SOLVER.AMP.ENABLED: float16 or bfloat16; always bfloat16 on the CPU. LazyConfig: train.amp.dtype.
@@ -59,13 +62,17 @@ def _distill_keys() -> CfgNode:
     # CONFIG_FILE: a path, relative to the config that names it, or a name of detectron2's model zoo.
     # OPTS: overrides of the teacher's config, ["KEY", "value", ...].
     # DTYPE: float32, bfloat16, float16, or auto, which follows SOLVER.AMP. FOLD_NORMS: see Engine.
-    distill.TEACHER = CfgNode({"CONFIG_FILE": "", "WEIGHTS": "", "OPTS": [], "DTYPE": "float32", "FOLD_NORMS": False})
+    # SCALE: how large the teacher sees the images, relative to the student; see load_teacher.
+    distill.TEACHER = CfgNode(
+        {"CONFIG_FILE": "", "WEIGHTS": "", "OPTS": [], "DTYPE": "float32", "FOLD_NORMS": False, "SCALE": 1.0}
+    )
     distill.METHODS = ()
     # Number of training images on which the teacher is checked before the first iteration; 0 for none.
     # LazyConfig: train.preflight.
     distill.PREFLIGHT = PREFLIGHT_IMAGES
-    # For the next five, see DistillMetaArch and Schedule.
+    # For the next six, see DistillMetaArch and Schedule.
     distill.GRADIENT_PERIOD = 0
+    distill.LEVELS = ()
     distill.FEATURES = ()
     distill.CLASS_MAP = ()
     distill.INHERIT = ()
@@ -74,6 +81,8 @@ def _distill_keys() -> CfgNode:
     )
     # See DistillMetaArch: loss normalizers that do not depend on the number of workers.
     distill.SYNC_NORMALIZER = False
+    # See DistillMetaArch: less memory for more time.
+    distill.RECOMPUTE = False
     for name in method_names():
         distill[name.upper()] = CfgNode({key.upper(): value for key, value in method_defaults(name).items()})
     return distill
@@ -170,6 +179,8 @@ def load_config(config_file: str, opts: Sequence[str] = (), with_teacher: bool =
         raise D2kdError(f"{' '.join(options)} must come before the overrides KEY VALUE of the config")
     if len(opts) % 2:
         raise D2kdError(f"overrides come in pairs KEY VALUE, but there are {len(opts)}: {' '.join(map(str, opts))}")
+    if "MODEL.TIMM.PRETRAINED" in opts:
+        cfg.MODEL.TIMM.PRETRAINED = None  # so that it may change between True and a path
     with _merging("override", cfg):
         cfg.merge_from_list(list(opts))
     empty = [key for key in _keys(cfg) if key not in MAY_BE_NONE and _value(cfg, key) is None]

@@ -5,7 +5,7 @@ that compare predictions or tower features need a :class:`Dense` detector on top
 :class:`DenseStudent`. detectron2's RetinaNet and FCOS have all of it.
 """
 
-from typing import Any, Dict, Iterator, List, Protocol, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Protocol, Sequence, Tuple
 
 from detectron2.layers import ShapeSpec
 from detectron2.structures import Boxes, ImageList, Instances
@@ -31,15 +31,14 @@ class Network(Protocol):
 
 
 class Pyramid(Network, Protocol):
-    """A detector whose backbone gives feature maps at several strides: what feature methods need."""
+    """A detector whose backbone gives feature maps at several strides: all that feature methods need of a teacher.
+
+    R-CNNs of any kind are pyramids. Their levels are the outputs of their backbone.
+    """
 
     @property
     def backbone(self) -> Any:
         """A detectron2 ``Backbone``: ``output_shape()`` has stride and channels of each level."""
-
-    @property
-    def head_in_features(self) -> Sequence[str]:
-        """Names of the levels that the head reads, high to low resolution."""
 
     @property
     def pixel_mean(self) -> Tensor:
@@ -82,6 +81,10 @@ class Dense(Pyramid, Protocol):
     """A detector that predicts classes and boxes for anchors: what methods need that read predictions or towers."""
 
     @property
+    def head_in_features(self) -> Sequence[str]:
+        """Names of the levels that the head reads, high to low resolution."""
+
+    @property
     def head(self) -> nn.Module:
         """Maps the levels to predictions, each a list over levels; see :data:`TOWERS`."""
 
@@ -122,59 +125,85 @@ def members(protocol: type) -> List[str]:
     return [name for cls in reversed(classes) for name in vars(cls) if not name.startswith("_")]
 
 
+def missing_parts(detector: object, protocol: type) -> List[str]:
+    """Names of what a detector lacks of a protocol."""
+    return [name for name in members(protocol) if not hasattr(detector, name)]
+
+
+def is_dense(detector: object) -> bool:
+    """Whether a detector is :class:`Dense`; others, such as R-CNNs, have no more than a :class:`Pyramid`."""
+    return not missing_parts(detector, Dense)
+
+
 def check_contract(detector: nn.Module, with_head: bool = True, with_losses: bool = True) -> None:
     """Checks that a detector has the parts that this package reads.
 
     Args:
         detector: student or teacher.
-        with_head: whether methods compare predictions or tower features.
+        with_head: whether methods compare predictions or tower features; a teacher of features is a :class:`Pyramid`.
         with_losses: whether it trains, as a student does.
 
     Raises:
         D2kdError: a part is missing; names it.
     """
     kind = type(detector).__name__
-    missing = [name for name in members(DenseStudent if with_losses else Dense) if not hasattr(detector, name)]
+    protocol = DenseStudent if with_losses else Dense if with_head else Pyramid
+    missing = missing_parts(detector, protocol)
     if missing:
-        raise D2kdError(f"{kind} has no {', '.join(missing)}; give it these as detectron2's RetinaNet has them")
-    missing = [name for name in TOWERS if not isinstance(getattr(detector.head, name, None), nn.Sequential)]
+        example = "GeneralizedRCNN" if protocol is Pyramid else "RetinaNet"
+        raise D2kdError(f"{kind} has no {', '.join(missing)}; give it these as detectron2's {example} has them")
+    head = getattr(detector, "head", None)
+    missing = [name for name in TOWERS if not isinstance(getattr(head, name, None), nn.Sequential)]
     if with_head and missing:
         raise D2kdError(
-            f"{kind}'s head, {type(detector.head).__name__}, has no nn.Sequential {' and '.join(missing)}; keep its "
+            f"{kind}'s head, {type(head).__name__}, has no nn.Sequential {' and '.join(missing)}; keep its "
             "towers in cls_subnet and bbox_subnet as detectron2's RetinaNetHead does, or use methods that read "
             "features only"
         )
 
 
+def level_names(detector: Pyramid) -> List[str]:
+    """Names of a detector's levels, high to low resolution: those that its head reads, else all of its backbone."""
+    if hasattr(detector, "head_in_features"):
+        return list(detector.head_in_features)
+    shapes = detector.backbone.output_shape()
+    return sorted(shapes, key=lambda name: shapes[name].stride)
+
+
 def levels(detector: Pyramid, prefix: str = "") -> List[ShapeSpec]:
-    """Shapes of the levels that the head reads, high to low resolution.
+    """Shapes of a detector's levels, high to low resolution.
 
     Args:
         detector: student or teacher.
         prefix: what to say before the message, such as whose it is.
 
     Raises:
-        D2kdError: the backbone does not have one of them.
+        D2kdError: the backbone does not have one that the head reads.
     """
-    shapes = detector.backbone.output_shape()
-    for name in detector.head_in_features:
+    shapes, names = detector.backbone.output_shape(), level_names(detector)
+    for name in names:
         check_choice(f"{prefix}a level that the head reads (head_in_features)", name, shapes)
-    return [shapes[name] for name in detector.head_in_features]
+    return [shapes[name] for name in names]
 
 
 def level_strides(detector: Pyramid) -> List[int]:
-    """Strides in pixels of the levels that the head reads, high to low resolution."""
+    """Strides in pixels of a detector's levels, high to low resolution."""
     return [level.stride for level in levels(detector)]
 
 
 def level_channels(detector: Pyramid) -> List[int]:
-    """Channels of the levels that the head reads, high to low resolution."""
+    """Channels of a detector's levels, high to low resolution."""
     return [level.channels for level in levels(detector)]
+
+
+def num_classes(detector: object) -> Optional[int]:
+    """Number of a detector's classes, which an R-CNN keeps in its ``roi_heads``; None if it does not say."""
+    return getattr(getattr(detector, "roi_heads", detector), "num_classes", None)
 
 
 def channel_order(detector: object) -> str:
     """Channel order of a detector's images, "BGR" or "RGB"; BGR where it does not say, as detectron2's FCOS."""
-    return getattr(detector, "input_format", "BGR")
+    return getattr(detector, "input_format", None) or "BGR"
 
 
 def check_distills(detector: type, distill: Any) -> None:

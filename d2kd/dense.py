@@ -3,20 +3,25 @@
 Shapes: N images, L levels, R anchors over all levels, A anchors per place, K classes, D numbers per box prediction.
 """
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, ContextManager, Dict, Iterator, List, Optional, Sequence, Tuple, TypeVar, cast
 
 import torch
+import torch.nn.functional as F
 from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor
 
-from .contract import Dense, Features, Network, Pyramid, level_strides
+from .contract import Dense, Features, Network, Pyramid, level_names, level_strides
 from .heads import Cut, tap_modules, tap_towers
+from .modeling.anchors import make_anchors
 from .modeling.boxes import decode_boxes
 from .workers import mean_over_workers
+
+T = TypeVar("T")
+_BOXES_AND_CLASSES = ("gt_boxes", "gt_classes")
 
 
 @dataclass
@@ -24,13 +29,16 @@ class DenseOutputs:
     """Outputs of one detector for one batch: the student's, the teacher's or a cross head's.
 
     Attributes:
-        detector: the one that made the predictions; its anchors and box coder belong to them.
+        detector: the one that made the predictions; its anchors and box coder belong to them. Without predictions it
+            may be no more than a :class:`Pyramid`.
         features: FPN features, per level (N, C, Hi, Wi).
         predictions: raw outputs of the head: logits, box predictions and any others, each a list of (N, A*?, Hi, Wi)
             per level; empty if the head did not run.
         taps: class and box tower features at each tapped cut.
         tapped_maps: outputs of the modules in MODEL.DISTILL.FEATURES.
         classes: classes that student and teacher share, (S,) int64, in the same order for both; None for all.
+        notes: what methods have read of the maps and need again, by keys of their own.
+        levels: indices of the levels that feature methods compare, in the same order for both; None for all.
     """
 
     detector: Dense
@@ -39,11 +47,23 @@ class DenseOutputs:
     taps: Dict[Cut, Tuple[Features, Features]] = field(default_factory=dict)
     tapped_maps: Features = field(default_factory=list)
     classes: Optional[Tensor] = None
+    levels: Optional[Sequence[int]] = None
+    notes: Dict[Any, Any] = field(default_factory=dict)
+
+    def free_maps(self) -> None:
+        """Frees features and taps; predictions, anchors and shapes stay. Reading a feature is then an error."""
+        self.anchors_per_level = self.anchors_per_level  # cached, so that no generator sees what follows
+        self.features = [torch.empty_like(level, device="meta") for level in self.features]
+        self.taps, self.tapped_maps = {}, []
 
     @property
     def maps(self) -> Features:
         """What feature methods compare, each (N, C, H, W): MODEL.DISTILL.FEATURES, by default the FPN features."""
-        return self.tapped_maps or self.features
+        return self.tapped_maps or self.compared(self.features)
+
+    def compared(self, per_level: List[T]) -> List[T]:
+        """Those elements of a list over levels that belong to the levels that feature methods compare."""
+        return per_level if self.levels is None else [per_level[i] for i in self.levels]
 
     def towers(self, cut: Cut) -> Tuple[Features, Features]:
         """Class and box tower features at a cut, per level (N, C, Hi, Wi); the FPN features at cut 0."""
@@ -52,7 +72,7 @@ class DenseOutputs:
     @cached_property
     def anchors_per_level(self) -> List[Boxes]:
         """Anchors of each level, XYXY in pixels."""
-        return self.detector.anchor_generator(self.features)
+        return make_anchors(self.detector.anchor_generator, self.features)
 
     @cached_property
     def anchors(self) -> Tensor:
@@ -140,8 +160,22 @@ def preprocess(detector: Pyramid, batched_inputs: List[Dict[str, Any]], flip_cha
     return detector.preprocess_image(batched_inputs)
 
 
+def resized(image: Tensor, scale: float) -> Tensor:
+    """Resizes a raw image (3, H, W) to ``scale`` times its size, rounded down, bilinearly; float32.
+
+    A point (x, y) of the image is at exactly (scale * x, scale * y) of the result.
+    """
+    return F.interpolate(
+        image[None].float(),
+        scale_factor=scale,
+        mode="bilinear",
+        recompute_scale_factor=False,  # would stretch what rounding cut off, and shift points
+        antialias=scale < 1,
+    )[0]
+
+
 def run_dense(
-    detector: Dense,
+    detector: Pyramid,
     images: ImageList,
     cuts: Sequence[Cut] = (),
     with_head: bool = True,
@@ -153,14 +187,18 @@ def run_dense(
         detector: student or teacher.
         images: from :func:`preprocess`.
         cuts: which tower features to keep; cut 0 costs nothing.
-        with_head: whether to run the head after the backbone.
+        with_head: whether to run the head after the backbone, which a :class:`Dense` detector has.
         paths: modules whose outputs to keep, see :func:`tap_modules`.
     """
-    with tap_modules(detector, paths) as maps, tap_towers(detector.head, [c for c in cuts if c.convs > 0]) as taps:
+    dense = cast(Dense, detector)
+    tapping: ContextManager[Dict[Cut, Tuple[Features, Features]]] = nullcontext({})
+    if with_head:
+        tapping = tap_towers(dense.head, [c for c in cuts if c.convs > 0])
+    with tap_modules(detector, paths) as maps, tapping as taps:
         levels = detector.backbone(images.tensor)
-        features = [levels[name] for name in detector.head_in_features]
-        predictions = tuple(detector.head(features)) if with_head else ()
-    return DenseOutputs(detector, features, predictions, taps, [x for found in maps for x in found])
+        features = [levels[name] for name in level_names(detector)]
+        predictions = tuple(dense.head(features)) if with_head else ()
+    return DenseOutputs(dense, features, predictions, taps, [x for found in maps for x in found])
 
 
 @contextmanager
@@ -221,12 +259,39 @@ def make_targets(
 def anchors_inside(outputs: DenseOutputs, images: ImageList) -> Tensor:
     """Marks the anchors of each image that start inside its own padded shape, (N, R) bool."""
     divisor = max(outputs.detector.backbone.size_divisibility, 1)
+    device = outputs.features[0].device
     padded = torch.tensor([[-(-side // divisor) * divisor for side in size] for size in images.image_sizes])
+    padded = padded.to(device, non_blocking=True)
     inside = []
     for feature, stride, anchors in zip(outputs.features, level_strides(outputs.detector), outputs.anchors_per_level):
         height, width = feature.shape[-2:]
-        rows = torch.arange(height) * stride < padded[:, :1]
-        columns = torch.arange(width) * stride < padded[:, 1:]
+        rows = torch.arange(height, device=device) * stride < padded[:, :1]
+        columns = torch.arange(width, device=device) * stride < padded[:, 1:]
         grid = (rows[:, :, None] & columns[:, None, :]).flatten(1)  # (N, Hi*Wi)
         inside.append(grid.repeat_interleave(len(anchors) // grid.shape[1], dim=1))
-    return torch.cat(inside, dim=1).to(outputs.features[0].device, non_blocking=True)
+    return torch.cat(inside, dim=1)
+
+
+def upload(batched_inputs: List[Dict[str, Any]], device: torch.device) -> List[Dict[str, Any]]:
+    """Moves images and annotations to a device, without waiting for it.
+
+    Args:
+        batched_inputs: as :class:`DatasetMapper` returns them; not changed.
+        device: of the detectors.
+    """
+    return [
+        {**x, "image": _to_device(x["image"], device), "instances": _instances_to(x["instances"], device)}
+        for x in batched_inputs
+    ]
+
+
+def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    pinned = tensor.pin_memory() if device.type == "cuda" and tensor.device.type == "cpu" else tensor
+    return pinned.to(device, non_blocking=True)
+
+
+def _instances_to(instances: Instances, device: torch.device) -> Instances:
+    """The same as ``instances.to(device)``, whose boxes would wait."""
+    moved = {name: value.to(device) for name, value in instances.get_fields().items() if name not in _BOXES_AND_CLASSES}
+    boxes, classes = (_to_device(x, device) for x in (instances.gt_boxes.tensor, instances.gt_classes))
+    return Instances(instances.image_size, **moved, gt_boxes=Boxes(boxes), gt_classes=classes)

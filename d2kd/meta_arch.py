@@ -4,6 +4,7 @@
 losses). While it trains with methods, it also runs a teacher and adds the losses that the methods compute from both.
 """
 
+import copy
 import inspect
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,16 +16,25 @@ from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, RetinaNet
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import Boxes, ImageList, Instances
-from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, get_event_storage, has_event_storage
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from .contract import AnchorGenerator, BoxCoder, channel_order, check_contract
-from .dense import DenseOutputs, Targets, evaluation_mode, make_targets, run_dense
+from .contract import AnchorGenerator, BoxCoder, channel_order, check_contract, num_classes
+from .dense import DenseOutputs, Targets, evaluation_mode, make_targets, run_dense, upload
 from .diagnose.gradients import GRADIENT, gradient_ratios
 from .errors import D2kdError, nearest
 from .heads import Cut
 from .keys import key
+from .levels import (
+    LevelPair,
+    check_levels,
+    check_pairs,
+    check_sizes,
+    pair_levels,
+    paired_channels,
+    select_levels,
+)
 from .methods import (
     Method,
     Schedule,
@@ -39,8 +49,7 @@ from .pairing import (
     ClassMap,
     check_classes,
     check_heads,
-    check_levels,
-    check_sizes,
+    check_teacher_of_heads,
     class_names,
     empty_batch,
     inherit_parts,
@@ -50,7 +59,7 @@ from .pairing import (
 )
 from .teacher import Teacher, load_teacher
 from .wiring import check_wiring
-from .workers import at_least_one, mean_over_workers
+from .workers import at_least_one, mean_over_workers, num_workers
 
 
 @dataclass
@@ -107,6 +116,8 @@ class DistillMetaArch(_Student):
     Args:
         teacher: from :func:`load_teacher`; required if there are methods.
         methods: methods whose losses are added to the student's own.
+        levels: pairs of levels that feature methods compare, "<student's>:<teacher's>" such as "p3:p2", or one name for
+            both. Empty: levels of equal strides, see :func:`pair_levels`.
         features: modules whose outputs feature methods compare instead of the FPN levels: a path in both detectors,
             such as "backbone.bottom_up.res4", or two, "<student's>:<teacher's>".
         class_map: the classes that both have, if their classes differ: pairs (student's, teacher's) of names or
@@ -122,6 +133,8 @@ class DistillMetaArch(_Student):
             them by a running mean of each worker's own number of positive anchors (detectron2); True averages it over
             all workers. GFL, ATSS and FCOS "batch" divide by averages over workers that are clamped to at least 1, as
             published; True clamps their sum instead.
+        recompute: do not keep what the methods compute until the backward pass, but compute it again there: less memory
+            for more time, with the same gradients.
         detector: an existing detector to become a student, see :func:`distill`.
         **student: without ``detector``, arguments of the student's class.
 
@@ -137,6 +150,7 @@ class DistillMetaArch(_Student):
         *,
         teacher: Optional[Teacher] = None,
         methods: Sequence[Method] = (),
+        levels: Sequence[str] = (),
         features: Sequence[str] = (),
         class_map: ClassMap = (),
         class_names: Sequence[str] = (),
@@ -144,6 +158,7 @@ class DistillMetaArch(_Student):
         inherit: Sequence[str] = (),
         gradient_period: int = 0,
         sync_normalizer: bool = False,
+        recompute: bool = False,
         detector: Optional[DenseDetector] = None,
         **student: Any,
     ) -> None:
@@ -153,17 +168,21 @@ class DistillMetaArch(_Student):
             self._become(detector, student)
         self.gradient_period = gradient_period
         self.sync_normalizer = sync_normalizer
+        self.recompute = recompute
         self.teacher = teacher
         check_unique([type(method).__name__ for method in methods])
         self.distill = nn.ModuleDict({type(method).__name__.lower(): method for method in methods})
         self.schedules = {name.lower(): schedule for name, schedule in (schedules or {}).items()}
         self.paths = module_pairs(features)
+        #: The levels that feature methods compare.
+        self.level_pairs: List[LevelPair] = []
         #: Indices of the shared classes in student and teacher; None if their classes are the same.
         self.shared_classes: Optional[Tuple[List[int], List[int]]] = None
+        self._class_tensors: Optional[List[Tensor]] = None
         self._loss_names: Dict[str, List[str]] = {}  # of methods that end
         self._not_inherited: Optional[D2kdError] = None
         if methods or inherit:
-            self._meet_teacher(class_map, class_names, inherit)
+            self._meet_teacher(levels, class_map, class_names, inherit)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> Dict[str, Any]:
@@ -175,6 +194,7 @@ class DistillMetaArch(_Student):
         return {
             **student,
             "methods": methods,
+            "levels": distill.LEVELS,
             "features": distill.FEATURES,
             "class_map": distill.CLASS_MAP,
             "class_names": class_names(cfg) if distill.CLASS_MAP else (),
@@ -182,6 +202,7 @@ class DistillMetaArch(_Student):
             "inherit": distill.INHERIT,
             "gradient_period": distill.GRADIENT_PERIOD,
             "sync_normalizer": distill.SYNC_NORMALIZER,
+            "recompute": distill.RECOMPUTE,
             "teacher": load_teacher(
                 teacher.CONFIG_FILE,
                 teacher.WEIGHTS,
@@ -189,6 +210,7 @@ class DistillMetaArch(_Student):
                 when_needed=True,
                 dtype=teacher.DTYPE,
                 fold_norms=teacher.FOLD_NORMS,
+                scale=teacher.SCALE,
             )
             if methods or distill.INHERIT
             else None,
@@ -216,25 +238,36 @@ class DistillMetaArch(_Student):
         end = self.schedules[name].end if name in self.schedules else 0
         return bool(end) and get_event_storage().iter >= end
 
-    def _meet_teacher(self, class_map: ClassMap, class_names: Sequence[str], inherit: Sequence[str]) -> None:
+    def _meet_teacher(
+        self, levels: Sequence[str], class_map: ClassMap, class_names: Sequence[str], inherit: Sequence[str]
+    ) -> None:
         """Checks that the teacher fits, and prepares what depends on both."""
         if self.teacher is None:
             raise D2kdError(f"methods and INHERIT need a teacher: set {key('MODEL.DISTILL.TEACHER')}")
-        teacher = self.teacher.architecture
+        teacher, scale = self.teacher.architecture, self.teacher.scale
         reads_head, resizes = _reads_head(self.methods), _resizes(self.methods)
         check_contract(self, reads_head)
+        check_teacher_of_heads(teacher, scale, [type(method).__name__ for method in self.methods if method.reads_head])
         check_contract(self.teacher.network, reads_head, with_losses=False)
         check_wiring(self)
-        check_levels(self, teacher, resizes)
+        self.level_pairs = pair_levels(self, teacher, levels, scale, resizes)
+        if levels and self.paths:
+            raise D2kdError(f"{key('MODEL.DISTILL.FEATURES')} replaces {key('MODEL.DISTILL.LEVELS')}; set either to ()")
+        if self.methods and not self.paths:
+            check_pairs(self, teacher, self.level_pairs, scale)
         if class_map:
-            self.shared_classes = match_classes(
-                class_map, (class_names, self.num_classes), (self.teacher.class_names, teacher.num_classes)
-            )
+            theirs = self.teacher.class_names, num_classes(teacher) or 0
+            self.shared_classes = match_classes(class_map, (class_names, self.num_classes), theirs)
         if reads_head:
+            check_levels(self, teacher)
             if not class_map:
                 check_classes(self, teacher)
             check_heads(self, teacher)
-        channels = probe_channels(self, teacher, self.paths, resizes)
+        channels = (
+            probe_channels(self, teacher, self.paths, resizes, scale)
+            if self.paths
+            else paired_channels(self, teacher, self.level_pairs)
+        )
         for method in self.methods:
             check_weights(method)
             method.setup(self, teacher, channels)
@@ -252,14 +285,14 @@ class DistillMetaArch(_Student):
         self.teacher.apply_to_tensors(lambda tensor: tensor.to(self.device))
         detectors = (self, self.teacher.architecture)
         images = empty_batch(*detectors)
+        scaled = empty_batch(*detectors, scale=self.teacher.scale)
         nothing = Instances(images.image_sizes[0], gt_boxes=Boxes(images.tensor.new_zeros(0, 4)))
         nothing.gt_classes = torch.zeros(0, dtype=torch.long, device=self.device)
         with EventStorage(), torch.no_grad(), torch.random.fork_rng(devices=[]), evaluation_mode(self):
-            student, teacher = (
-                run_dense(detector, images, cuts, paths=[pair[i] for pair in self.paths])
-                for i, (detector, cuts) in enumerate(zip(detectors, (method.cuts, method.teacher_cuts)))
-            )
-            self._share_classes(student, teacher)
+            student = run_dense(self, images, method.cuts, paths=[own for own, _ in self.paths])
+            paths = [theirs for _, theirs in self.paths]
+            teacher = run_dense(detectors[1], scaled, method.teacher_cuts, self.teacher.is_dense, paths)
+            self._match(student, teacher)
             assigned = self.label_anchors(student.anchors_per_level, [nothing])
             return list(method(student, teacher, make_targets(student, images, [nothing], *assigned)))
 
@@ -299,7 +332,19 @@ class DistillMetaArch(_Student):
         if not self.training:
             return super().forward(batched_inputs)
         with self._event_storage():
-            return self.losses_of(self.observe(batched_inputs)) if self.distill else super().forward(batched_inputs)
+            if not self.distill:
+                return super().forward(batched_inputs)
+            observation = self.observe(batched_inputs)
+            self._free_maps(observation.teacher)
+            return self.losses_of(observation)
+
+    def _free_maps(self, teacher: Optional[DenseOutputs]) -> None:
+        """Frees the teacher's maps before the losses are computed, which need most memory, if no method reads them."""
+        methods = list(self.active_methods().values())
+        if teacher is not None and not any(method.reads_maps for method in methods):
+            for method in methods:
+                method.note(teacher)
+            teacher.free_maps()
 
     @contextmanager
     def _event_storage(self) -> Iterator[None]:
@@ -322,33 +367,45 @@ class DistillMetaArch(_Student):
         """
         if "instances" not in batched_inputs[0]:
             raise D2kdError("the training images carry no annotations ('instances')")
+        batched_inputs = upload(batched_inputs, self.device)  # once for both detectors
         methods = list(self.active_methods().values())
-        teacher = self.run_teacher(batched_inputs)
         images = self.preprocess_image(batched_inputs)
+        teacher = self.run_teacher(batched_inputs, tuple(images.tensor.shape[-2:]))
         cuts = _all(method.cuts for method in methods)
         student = run_dense(self, images, cuts, paths=[own for own, _ in self.paths] if methods else ())
         if teacher is not None:
-            self._share_classes(student, teacher)
+            self._match(student, teacher)
             if not _resizes(methods):
                 check_sizes(student, teacher)
-        instances = [x["instances"].to(self.device) for x in batched_inputs]
+        instances = [x["instances"] for x in batched_inputs]
         assigned = self.label_anchors(student.anchors_per_level, instances)
         return Observation(images, student, teacher, make_targets(student, images, instances, *assigned))
 
-    def run_teacher(self, batched_inputs: List[Dict[str, Any]]) -> Optional[DenseOutputs]:
-        """Runs as much of the teacher as the active methods read; returns None if no method is active."""
+    def run_teacher(
+        self, batched_inputs: List[Dict[str, Any]], padded_size: Tuple[int, int] = (0, 0)
+    ) -> Optional[DenseOutputs]:
+        """Runs as much of the teacher as the active methods read; returns None if no method is active.
+
+        Args:
+            batched_inputs: raw images.
+            padded_size: height and width in pixels of the student's batch.
+        """
         methods = list(self.active_methods().values())
         if self.teacher is None or not methods:
             return None
         paths = [theirs for _, theirs in self.paths]
         with_head = _reads_head(methods) or any(path.startswith("head") for path in paths)
         cuts = _all(method.teacher_cuts for method in methods)
-        return self.teacher(batched_inputs, channel_order(self), cuts, with_head, paths)
+        return self.teacher(batched_inputs, channel_order(self), cuts, with_head, paths, padded_size)
 
-    def _share_classes(self, *both: DenseOutputs) -> None:
+    def _match(self, student: DenseOutputs, teacher: DenseOutputs) -> None:
+        """Says in both outputs which levels and classes are compared."""
+        select_levels(student, teacher, self.level_pairs)
         if self.shared_classes is not None:
-            for outputs, classes in zip(both, self.shared_classes):
-                outputs.classes = torch.tensor(classes, dtype=torch.long, device=self.device)
+            if self._class_tensors is None or self._class_tensors[0].device != self.device:
+                self._class_tensors = [torch.tensor(x, device=self.device).long() for x in self.shared_classes]
+            for outputs, classes in zip((student, teacher), self._class_tensors):
+                outputs.classes = classes
 
     def losses_of(self, observation: Observation) -> Dict[str, Tensor]:
         """The student's own losses and those of the methods, scalars.
@@ -361,7 +418,7 @@ class DistillMetaArch(_Student):
         losses = self.losses(student.anchors_per_level, logits, labels, deltas, boxes, *rest)
         for name, method in zip(self.distill, self.methods):
             losses.update(self._method_losses(name, method, observation))
-        if self.gradient_period and get_event_storage().iter % self.gradient_period == 0:
+        if self.gradient_period and torch.is_grad_enabled() and get_event_storage().iter % self.gradient_period == 0:
             ratios = gradient_ratios(losses, list(self.distill), student.features)
             get_event_storage().put_scalars(smoothing_hint=False, **{GRADIENT + k: v for k, v in ratios.items()})
         return losses
@@ -370,8 +427,21 @@ class DistillMetaArch(_Student):
         if observation.teacher is None or self._has_ended(name):
             return dict.fromkeys(self._loss_names[name], self._connected_zero(method))
         weight = self.schedules[name].weight(get_event_storage().iter) if name in self.schedules else 1.0
-        losses = method(observation.student, observation.teacher, observation.targets)
+        losses = self._run_method(method, observation.student, observation.teacher, observation.targets)
         return {key: weight * value for key, value in losses.items()}
+
+    def _run_method(
+        self, method: Method, student: DenseOutputs, teacher: DenseOutputs, targets: Targets
+    ) -> Dict[str, Tensor]:
+        if not (self.recompute and torch.is_grad_enabled()):
+            return method(student, teacher, targets)
+
+        def run(_: Tensor) -> Dict[str, Tensor]:
+            # Copies, so that what they cache does not stay, and is computed again.
+            return method(copy.copy(student), copy.copy(teacher), targets)
+
+        # The tensor tells which device's random state is to be restored.
+        return checkpoint(run, targets.labels, use_reentrant=False)
 
     def _connected_zero(self, method: Method) -> Tensor:
         """A zero that depends on all parameters of a method, as DistributedDataParallel expects in every step."""
@@ -396,10 +466,10 @@ class DistillMetaArch(_Student):
         self._num_pos = ((labels >= 0) & (labels < self.num_classes)).sum().float()
         return super().losses(anchors, pred_logits, gt_labels, *rest)
 
-    def _ema_update(self, name: str, value: float, initial_value: float, momentum: float = 0.9) -> float:
+    def _ema_update(self, name: str, value: Any, initial_value: float, momentum: float = 0.9) -> Any:
         if self.sync_normalizer:  # average the counts, not the values: these are 1 for a worker without positives too
-            value = at_least_one(mean_over_workers(self._num_pos)).item()
-            initial_value /= comm.get_world_size()
+            value = at_least_one(mean_over_workers(self._num_pos)).double()  # not .item(), which waits
+            initial_value /= num_workers()
         return super()._ema_update(name, value, initial_value, momentum)
 
 

@@ -1,4 +1,4 @@
-"""Checks and preparation for a pair of student and teacher: levels, anchors, classes, module pairs, inheritance."""
+"""Checks and preparation for a pair of student and teacher: heads, anchors, classes, module pairs, inheritance."""
 
 import logging
 import math
@@ -11,10 +11,11 @@ from detectron2.structures import Boxes, ImageList
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
-from .contract import Dense, Pyramid, level_channels, level_strides
+from .contract import Dense, Pyramid, is_dense, level_strides
 from .data.coco import read_classes
-from .dense import DenseOutputs, evaluation_mode, run_dense
+from .dense import evaluation_mode, run_dense
 from .errors import D2kdError, check_choice, nearest
+from .keys import key
 
 INHERITABLE = ("neck", "head")
 ALL_NAMES = "*"
@@ -23,13 +24,24 @@ ClassMap = Sequence[Union[str, Sequence[Label]]]
 PROBE_SIZE = 256  # pixels; P7 is then 2x2, large enough for group norms
 
 
-def check_levels(student: Pyramid, teacher: Pyramid, resizes: bool = False) -> None:
-    """Raises D2kdError unless both heads read levels of the same strides, or just as many levels if ``resizes``."""
-    own, theirs = level_strides(student), level_strides(teacher)
-    if len(own) != len(theirs) if resizes else own != theirs:
+def check_teacher_of_heads(teacher: Pyramid, scale: float, methods: Sequence[str]) -> None:
+    """Raises D2kdError if methods that read its head are to learn from a teacher that is not dense, or scaled.
+
+    Args:
+        teacher: the teacher's detector.
+        scale: how large it sees the images, relative to the student.
+        methods: names of the methods that read predictions or towers.
+    """
+    if methods and not is_dense(teacher):
         raise D2kdError(
-            f"the student's head reads levels of strides {own} and the teacher's {theirs}; distillation compares "
-            "level by level, so choose the same (IN_FEATURES)"
+            f"{', '.join(methods)} needs the head of a dense detector (RetinaNet, GFL, ATSS, FCOS), but the teacher is "
+            f"a {type(teacher).__name__}; use such a teacher, or methods that read features only, such as PKD"
+        )
+    if methods and scale != 1:
+        raise D2kdError(
+            f"{', '.join(methods)} compares predictions of equal levels, but at "
+            f"{key('MODEL.DISTILL.TEACHER.SCALE')} {scale:g} the teacher's levels are other ones; set it to 1, or use "
+            "methods that read features only, such as PKD"
         )
 
 
@@ -72,16 +84,6 @@ def _first_anchor(anchors: Tensor, others: Tensor) -> List[float]:
     return [round(x, 2) for x in anchors[int(differ.int().argmax())].tolist()]
 
 
-def check_sizes(student: DenseOutputs, teacher: DenseOutputs) -> None:
-    """Raises D2kdError unless the feature maps of both have the same sizes."""
-    own, theirs = ([tuple(f.shape[-2:]) for f in outputs.features] for outputs in (student, teacher))
-    if own != theirs:
-        raise D2kdError(
-            f"the student's levels have the sizes {own} and the teacher's {theirs}, because they pad images to "
-            "different multiples (backbone.size_divisibility); choose backbones of the same strides"
-        )
-
-
 def module_pairs(features: Sequence[str]) -> List[Tuple[str, str]]:
     """Splits entries "<path>" or "<student's>:<teacher's>" into pairs of paths."""
     pairs = []
@@ -92,22 +94,26 @@ def module_pairs(features: Sequence[str]) -> List[Tuple[str, str]]:
 
 
 def probe_channels(
-    student: Dense, teacher: Dense, paths: Sequence[Tuple[str, str]], resizes: bool
+    student: Pyramid,
+    teacher: Pyramid,
+    paths: Sequence[Tuple[str, str]],
+    resizes: bool,
+    scale: float = 1.0,
 ) -> List[Tuple[int, int]]:
-    """Finds the channels of student and teacher for each map that feature methods compare.
+    """Finds the channels of student and teacher for each map of the modules that feature methods compare.
 
     Args:
         student: the student.
         teacher: the teacher's detector.
-        paths: modules, from :func:`module_pairs`, which run once on an empty image. Empty: the FPN levels.
+        paths: modules, from :func:`module_pairs`, which run once on an empty image.
         resizes: whether the maps may differ in size.
+        scale: how large the teacher sees the images, relative to the student.
 
     Raises:
         D2kdError: a module does not exist or returns no feature map, or the number or sizes of the maps differ.
     """
-    if not paths:
-        return list(zip(level_channels(student), level_channels(teacher)))
-    own, theirs = (probe(detector, [pair[i] for pair in paths]) for i, detector in enumerate((student, teacher)))
+    own = probe(student, [path for path, _ in paths])
+    theirs = probe(teacher, [path for _, path in paths], scale)
     sizes = [[tuple(x.shape[-2:]) for x in maps] for maps in (own, theirs)]
     if len(own) != len(theirs) or (sizes[0] != sizes[1] and not resizes):
         raise D2kdError(
@@ -118,19 +124,20 @@ def probe_channels(
 
 
 @torch.no_grad()
-def probe(detector: Dense, paths: Sequence[str]) -> List[Tensor]:
+def probe(detector: Pyramid, paths: Sequence[str], scale: float = 1.0) -> List[Tensor]:
     """Returns what modules give for an empty image; the statistics of norms do not change."""
+    images = empty_batch(detector, scale=scale)
     with EventStorage(), evaluation_mode(detector):
-        maps = run_dense(detector, empty_batch(detector), paths=paths).tapped_maps
+        maps = run_dense(detector, images, with_head=is_dense(detector), paths=paths).tapped_maps
     if not maps:
         raise D2kdError(f"MODEL.DISTILL.FEATURES: {', '.join(paths)} give no feature maps (N, C, H, W)")
     return maps
 
 
-def empty_batch(*detectors: Dense) -> ImageList:
+def empty_batch(*detectors: Pyramid, scale: float = 1.0) -> ImageList:
     """A preprocessed batch of one empty image, padded as all of the detectors need it, on the device of the first."""
     divisor = math.lcm(*(max(detector.backbone.size_divisibility, 1) for detector in detectors))
-    side = -(-PROBE_SIZE // divisor) * divisor
+    side = math.ceil(PROBE_SIZE * scale / divisor) * divisor
     return ImageList(torch.zeros(1, 3, side, side, device=detectors[0].device), [(side, side)])
 
 

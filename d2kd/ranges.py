@@ -172,6 +172,8 @@ RANGES: Dict[str, Tuple[Test, str]] = {
         _list_of(lambda x: not isinstance(x, (list, tuple, dict)), empty=True),
         "a list of overrides: KEY, value, ...",
     ),
+    "MODEL.DISTILL.TEACHER.SCALE": (_positive, "above 0"),
+    "MODEL.DISTILL.LEVELS": (_list_of(_text, empty=True), "a list of levels, student's:teacher's"),
     "MODEL.DISTILL.FEATURES": (_list_of(_text, empty=True), "a list of paths of modules"),
     "MODEL.DISTILL.METHODS": (_list_of(_either(_text, lambda x: isinstance(x, dict)), empty=True), "a list of methods"),
     "MODEL.DISTILL.INHERIT": (_list_of(_text, empty=True), "a list of neck and head"),
@@ -182,6 +184,7 @@ RANGES: Dict[str, Tuple[Test, str]] = {
     # solver
     "SOLVER.MAX_ITER": (is_count, "1 or more"),
     "SOLVER.IMS_PER_BATCH": (is_count, "1 or more"),
+    "SOLVER.ACCUMULATE": (is_count, "1 or more micro-batches"),
     "SOLVER.BASE_LR": (_positive, "above 0"),
     "SOLVER.BASE_LR_END": (_not_negative, "0 or more"),
     "SOLVER.BIAS_LR_FACTOR optimizer.params.bias_lr_factor": (_not_negative, "0 or more"),

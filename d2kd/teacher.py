@@ -2,20 +2,22 @@
 
 import dataclasses
 import logging
+import math
 import os
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union, cast
 
 import torch
+import torch.nn.functional as F
 from detectron2.config import CfgNode, instantiate
 from detectron2.modeling import build_model
-from detectron2.modeling.meta_arch.dense_detector import DenseDetector
+from detectron2.structures import ImageList
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from .checkpoint import load_strict
 from .config import detector_node, drop_teacher, find_config, load_config, read_lazy
-from .contract import Dense, channel_order
-from .dense import DenseOutputs, preprocess, run_dense
+from .contract import Dense, channel_order, check_contract, is_dense
+from .dense import DenseOutputs, preprocess, resized, run_dense
 from .errors import D2kdError
 from .heads import Cut
 from .inference_copy import Engine
@@ -38,12 +40,16 @@ class Teacher:
     optimizer groups, and ``student.train()`` does not reach it. Copies of a student share it.
 
     Args:
-        detector: a dense detector.
+        detector: a dense detector, or for methods that read features any detector with a pyramid, such as an R-CNN.
         input_format: channel order it was trained with, "BGR" or "RGB".
         class_names: names of its classes, if known; for MODEL.DISTILL.CLASS_MAP.
         weights: the file that all its weights come from, if there is one.
         loaded: whether the detector holds its weights already; otherwise :meth:`prepare` loads them from ``weights``.
         engine: how it runs; by default as it is, in float32.
+        scale: how large it sees the images, relative to the student; see :func:`load_teacher`.
+
+    Raises:
+        D2kdError: the scale is not above 0.
     """
 
     def __init__(
@@ -54,17 +60,26 @@ class Teacher:
         weights: str = "",
         loaded: bool = True,
         engine: Optional[Engine] = None,
+        scale: float = 1.0,
     ) -> None:
+        if not scale > 0:
+            raise D2kdError(f"{key('MODEL.DISTILL.TEACHER.SCALE')} is {scale}; it must be above 0")
         self.network = detector.eval().requires_grad_(False)
         self.input_format = input_format
         self.class_names = list(class_names)
         self.weights = weights
         self.loaded = loaded
         self.engine = engine or Engine()
+        self.scale = scale
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether it can teach predictions; otherwise it has no more than a :class:`~d2kd.contract.Pyramid`."""
+        return is_dense(self.network)
 
     @property
     def architecture(self) -> Dense:
-        """The detector, whether its weights are loaded or not: for its structure only."""
+        """The detector, whether its weights are loaded or not: for its structure only. See :attr:`is_dense`."""
         return cast(Dense, self.network)
 
     @property
@@ -105,25 +120,52 @@ class Teacher:
         cuts: Sequence[Cut] = (),
         with_head: bool = True,
         paths: Sequence[str] = (),
+        padded_size: Tuple[int, int] = (0, 0),
     ) -> DenseOutputs:
-        """Runs the teacher on raw images, with its own preprocessing.
+        """Runs the teacher on raw images, at its scale and with its own preprocessing.
 
         Args:
             batched_inputs: as :class:`DatasetMapper` returns them.
             input_format: channel order of these images.
             cuts: which tower features to keep.
-            with_head: whether to run the head after the backbone.
+            with_head: whether to run the head after the backbone, if it is dense.
             paths: modules whose outputs to keep.
+            padded_size: height and width in pixels of the student's batch. Without its head, the teacher's own batch is
+                padded to show at least this.
 
         Raises:
-            D2kdError: the teacher is in training mode, or its weights cannot be loaded.
+            D2kdError: the teacher is in training mode, its weights cannot be loaded, or an image is too large for it.
         """
         if any(module.training for module in self.detector.modules()):
             raise D2kdError("the teacher was put into training mode; call .eval() on it, or leave it alone")
+        if self.scale != 1:
+            device = self.detector.device
+            batched_inputs = [{**x, "image": resized(x["image"].to(device), self.scale)} for x in batched_inputs]
+        self._check_square(batched_inputs)
         images = preprocess(self.detector, batched_inputs, flip_channels=input_format != self.input_format)
+        with_head = with_head and self.is_dense
+        if not with_head:
+            images = self._covering(images, padded_size)
         with self.engine.running(self.network, images, paths) as (running, images):
             outputs = run_dense(running, images, cuts, with_head, paths)
         return dataclasses.replace(outputs, detector=self.detector)
+
+    def _check_square(self, batched_inputs: List[Dict[str, Any]]) -> None:
+        """Raises D2kdError for images that are larger than the square they are padded to, which would cut them off."""
+        square = getattr(self.detector.backbone, "padding_constraints", {}).get("square_size", 0)
+        largest = max(max(x["image"].shape[-2:]) for x in batched_inputs)
+        if 0 < square < largest:
+            raise D2kdError(
+                f"the teacher's backbone pads images to {square}x{square} pixels (square_pad) and would cut off an "
+                f"image of {largest}; lower INPUT.MAX_SIZE_TRAIN, or set the teacher's square_pad to 0"
+            )
+
+    def _covering(self, images: ImageList, padded_size: Tuple[int, int]) -> ImageList:
+        """Pads a batch further, if necessary, until it shows all that the student's batch shows."""
+        divisor = max(self.architecture.backbone.size_divisibility, 1)
+        wanted = [math.ceil(side * self.scale / divisor - 1e-6) * divisor for side in padded_size]
+        height, width = (max(want - side, 0) for want, side in zip(wanted, images.tensor.shape[-2:]))
+        return ImageList(F.pad(images.tensor, (0, width, 0, height)), images.image_sizes)
 
 
 def load_teacher(
@@ -135,12 +177,13 @@ def load_teacher(
     when_needed: bool = False,
     dtype: str = "float32",
     fold_norms: bool = False,
+    scale: float = 1.0,
 ) -> Teacher:
     """Builds a teacher from a config and loads its weights, completely or not at all.
 
     Args:
         config_file: a ``.yaml`` file, the ``.py`` file of a LazyConfig with a ``model``, or a name of detectron2's
-            model zoo.
+            model zoo. Any detector with a pyramid can teach features; predictions only a dense one.
         weights: anything :class:`DetectionCheckpointer` reads, or an mmdetection checkpoint.
         opts: overrides of the config, in its own style.
         device: where to build it; a student moves it to its own device.
@@ -149,16 +192,18 @@ def load_teacher(
             first used. A student that is only evaluated never uses it.
         dtype: in which type it runs for a student; see :class:`Engine`.
         fold_norms: see :class:`Engine`.
+        scale: how large it sees the images, relative to the student, > 0. With 2, its P4 lies where the student's P3
+            lies, as in Multi-Scale Aligned Distillation (CVPR 2021). For methods that read features.
 
     Raises:
-        D2kdError: there is no such config, its model is not a dense detector, or the weights do not fill all of it.
+        D2kdError: there is no such config, its model has no pyramid, or the weights do not fill all of it.
     """
     engine = Engine(dtype, fold_norms)
     path = find_config(config_file)
     detector, config_format, names = _build(path, opts, device)
-    if not isinstance(detector, DenseDetector):
-        raise D2kdError(f"the teacher of {config_file} is a {type(detector).__name__}, not a dense detector")
-    teacher = Teacher(detector, input_format or config_format, names, weights, loaded=False, engine=engine)
+    check_contract(detector, with_head=False, with_losses=False)
+    options: Dict[str, Any] = {"loaded": False, "engine": engine, "scale": scale}
+    teacher = Teacher(detector, input_format or config_format, names, weights, **options)
     if os.path.isfile(weights) or not when_needed:
         teacher.prepare()
     return teacher

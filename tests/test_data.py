@@ -86,10 +86,20 @@ def test_hidden_cells_are_not_labelled(monkeypatch: pytest.MonkeyPatch) -> None:
     above = drawing.Cell(drawing.WBC, 60.0, 50.0, (20.0, 20.0), 0.0, ((2, 0.0, 0.0),))
     beside = drawing.Cell(drawing.RBC, 160.0, 50.0, (20.0, 20.0), 0.0, ((2, 0.0, 0.0),))
     monkeypatch.setattr(drawing, "_place_cells", lambda *_: [below, beside, above])
-    pixels, boxes = drawing.draw_smear(np.random.default_rng(0), (128, 170))
+    pixels, cells = drawing.draw_smear(np.random.default_rng(0), (128, 170))
     assert pixels.shape == (128, 170, 3)
-    assert [category for category, _ in boxes] == [drawing.RBC, drawing.WBC]
-    np.testing.assert_allclose(boxes[0][1], [140, 30, 170, 70], atol=0.1)
+    assert cells == [beside, above]
+    written = drawing._annotation(1, 1, beside, (128, 170))  # half of it lies beyond the image
+    np.testing.assert_allclose(written["bbox"], [140, 30, 30, 40], atol=0.1)
+
+
+def test_outlines_are_masks_of_their_boxes(smears: Path) -> None:
+    for annotation in json.loads((smears / "instances_train.json").read_text())["annotations"]:
+        (outline,) = annotation["segmentation"]
+        points = np.array(outline).reshape(-1, 2)
+        x, y, width, height = annotation["bbox"]
+        sides = [*points.min(0), *np.ptp(points, axis=0)]
+        np.testing.assert_allclose(sides, [x, y, width, height], atol=1.0)
 
 
 def test_cells_grow_with_the_image(tmp_path: Path) -> None:

@@ -1,6 +1,9 @@
 """The teacher as it runs for a student: exact by default, else an inference copy that is never stale."""
 
 import copy
+import logging
+import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +11,9 @@ from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from small import batch, build, distill_config, gradients, save_teacher, small_config, step
 from torch import nn
 
+from d2kd.data.loader import SeededDataset
+from d2kd.diagnose import preflight
+from d2kd.diagnose.reduced_teacher import compare
 from d2kd.errors import D2kdError
 from d2kd.heads import Cut
 from d2kd.inference_copy import Engine, fold_norms, inference_copy
@@ -156,3 +162,37 @@ def test_a_copy_runs_in_its_own_type_under_autocast():
 def test_an_unknown_type_is_told(teachers):
     with pytest.raises(D2kdError, match=r"MODEL.DISTILL.TEACHER.DTYPE is 'bfloat'.*did you mean bfloat16\?"):
         student(teachers, *with_dtype("bfloat"))
+
+
+@pytest.mark.parametrize(("dtype", "amp"), [("bfloat16", ""), ("auto", "bfloat16")])
+def test_the_preflight_tells_how_far_gradients_move(dtype, amp, teachers, monkeypatch, caplog):
+    """And changes neither weights, random numbers nor the loss normalizer."""
+    logger = logging.getLogger("d2kd")
+    monkeypatch.setattr(logger, "propagate", True)
+    caplog.set_level(logging.INFO, "d2kd")
+    monkeypatch.setattr(preflight, "examine", lambda *_: None)
+    model = student(teachers, *with_dtype(dtype), "MODEL.RESNETS.NORM", "BN", methods=("CrossKD", "MGD"))
+    before, normalizer, state = (
+        copy.deepcopy(model.state_dict()),
+        vars(model).get("loss_normalizer"),
+        torch.get_rng_state(),
+    )
+    loader = SimpleNamespace(dataset=SeededDataset(batch(), lambda sample: sample, seed=0))
+    preflight.check_teacher(model, loader, 2, amp)
+    assert re.search(r"In bfloat16 the teacher moves the methods' gradient by \d\.\d+ % \(cosine 0\.99", caplog.text)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert vars(model).get("loss_normalizer") == normalizer
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training
+
+
+def test_a_teacher_that_moves_gradients_far_is_told(monkeypatch, caplog):
+    monkeypatch.setattr(logging.getLogger("d2kd"), "propagate", True)
+    exact = torch.tensor([3.0, 4.0])
+    compare(torch.tensor([3.0, 4.2]), exact, "bfloat16")
+    assert not caplog.records
+    compare(torch.tensor([3.0, 4.3]), exact, "bfloat16")
+    assert "by 6.00 %" in caplog.text
+    assert "MODEL.DISTILL.TEACHER.DTYPE float32 is safer" in caplog.text
+    with pytest.raises(D2kdError, match=r"not finite in float16; set MODEL.DISTILL.TEACHER.DTYPE bfloat16"):
+        compare(torch.tensor([3.0, torch.nan]), exact, "float16")

@@ -36,7 +36,7 @@ def _nothing_runs(monkeypatch):
 
 
 def plan(data, tmp_path, **settings):
-    series = OwnDistillation([data], output=str(tmp_path / "out"), models="small", plan_only=True, **settings)
+    series = OwnDistillation(data, output=str(tmp_path / "out"), models="small", plan_only=True, **settings)
     series.run()
     return series
 

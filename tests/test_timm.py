@@ -177,6 +177,13 @@ def test_pixels_are_taken_over_or_checked(classifier, tmp_path):
             build_model(plain(*weights, *RGB, *wrong))
 
 
+def test_pretrained_changes_between_true_and_a_path(classifier):
+    config = str(CONFIGS / "retinanet_lite0.yaml")
+    assert load_config(config).MODEL.TIMM.PRETRAINED is True
+    assert load_config(config, ["MODEL.TIMM.PRETRAINED", "/a.pth"]).MODEL.TIMM.PRETRAINED == "/a.pth"
+    assert load_config(config, ["MODEL.TIMM.PRETRAINED", "False"]).MODEL.TIMM.PRETRAINED is False
+
+
 def test_pixels_of_a_lazyconfig_are_checked(classifier):
     detector = build_model(plain("MODEL.TIMM.PRETRAINED", classifier[1], *RGB))
     check_wiring(detector)

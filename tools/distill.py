@@ -52,8 +52,6 @@ def main() -> int:
     starts = {kind: args.pop(f"{kind}_start") for kind in ("teacher", "student")}
     settings = {
         **args,
-        "train_data": [args["train_data"]],
-        "val_data": [args["val_data"]] if args["val_data"] else [],
         "start": {kind: file for kind, file in starts.items() if file},
         "plan_only": args["dry_run"],
     }

@@ -15,8 +15,8 @@ from .sets import write_coco
 CLASS_NAMES = ("RBC", "WBC", "Platelets")
 RBC, WBC, PLATELET = 1, 2, 3
 
-# Increase this whenever the pictures change: files of other versions are regenerated instead of reused.
-VERSION = 1
+# Increase this whenever pictures or labels change: files of other versions are regenerated instead of reused.
+VERSION = 2
 
 # All lengths below are in pixels of an image of this height. Other sizes show the same smear at another resolution.
 NOMINAL_SIZE = (128, 170)
@@ -33,6 +33,7 @@ PLACEMENT_TRIES = 30
 # MIN_VISIBLE of that is not covered by other cells.
 MIN_INSIDE_FRACTION = {RBC: 0.2, WBC: 0.3, PLATELET: 0.6}
 MIN_VISIBLE = 0.15
+OUTLINE_POINTS = 25
 
 # RGB, 0 to 255.
 BACKGROUND = np.array([220.0, 205.0, 209.0])
@@ -68,10 +69,14 @@ class Cell:
 
     def box(self) -> np.ndarray:
         """Returns the bounding box (x0, y0, x1, y1) of the whole outline, which may extend beyond the image."""
-        theta = np.linspace(0, 2 * np.pi, 180)
-        radius = self.radius(theta)
-        x, y = self.x + radius * np.cos(theta), self.y + radius * np.sin(theta)
+        x, y = self.outline().T
         return np.array([x.min(), y.min(), x.max(), y.max()])
+
+    def outline(self, points: int = 180) -> np.ndarray:
+        """Returns points (x, y) on the outline, (points, 2); the last is the first again."""
+        theta = np.linspace(0, 2 * np.pi, points)
+        radius = self.radius(theta)
+        return np.stack([self.x + radius * np.cos(theta), self.y + radius * np.sin(theta)], axis=1)
 
 
 def write_blood_cells(root: Path, split: str, num_images: int, seed: int, size: Tuple[int, int] = NOMINAL_SIZE) -> Path:
@@ -109,11 +114,11 @@ def write_blood_cells(root: Path, split: str, num_images: int, seed: int, size: 
     content = _empty_coco(generator)
     for index, name in enumerate(names, 1):
         # Each image has its own generator, so it does not depend on how many numbers the previous ones used.
-        pixels, boxes = draw_smear(np.random.default_rng([seed, zlib.crc32(split.encode()), index]), size)
+        pixels, cells = draw_smear(np.random.default_rng([seed, zlib.crc32(split.encode()), index]), size)
         Image.fromarray(pixels).save(root / "images" / name)
         content["images"].append({"id": index, "file_name": name, "height": size[0], "width": size[1]})
-        for category, box in boxes:
-            content["annotations"].append(_annotation(len(content["annotations"]) + 1, index, category, box))
+        for cell in cells:
+            content["annotations"].append(_annotation(len(content["annotations"]) + 1, index, cell, size))
     write_coco(content, json_file)
     return json_file
 
@@ -143,20 +148,22 @@ def _empty_coco(generator: Dict[str, Any]) -> Dict[str, Any]:
     }
 
 
-def _annotation(annotation_id: int, image_id: int, category: int, box: np.ndarray) -> Dict[str, Any]:
-    x0, y0, x1, y1 = (round(float(corner), 2) for corner in box)
+def _annotation(annotation_id: int, image_id: int, cell: Cell, size: Tuple[int, int]) -> Dict[str, Any]:
+    x0, y0, x1, y1 = (round(float(corner), 2) for corner in _clip(cell.box(), size))
+    outline = np.clip(cell.outline(OUTLINE_POINTS)[1:], 0, size[::-1])
     bbox = [x0, y0, round(x1 - x0, 2), round(y1 - y0, 2)]
     return {
         "id": annotation_id,
         "image_id": image_id,
-        "category_id": category,
+        "category_id": cell.category,
         "bbox": bbox,
+        "segmentation": [[round(float(x), 2) for x in outline.flat]],
         "area": round(bbox[2] * bbox[3], 2),
         "iscrowd": 0,
     }
 
 
-def draw_smear(rng: np.random.Generator, size: Tuple[int, int]) -> Tuple[np.ndarray, List[Tuple[int, np.ndarray]]]:
+def draw_smear(rng: np.random.Generator, size: Tuple[int, int]) -> Tuple[np.ndarray, List[Cell]]:
     """Draws one image.
 
     Args:
@@ -164,8 +171,7 @@ def draw_smear(rng: np.random.Generator, size: Tuple[int, int]) -> Tuple[np.ndar
         size: height and width in pixels.
 
     Returns:
-        The RGB image, (height, width, 3) uint8, and the category and box (x0, y0, x1, y1) of each labeled cell, in
-        pixels and clipped to the image.
+        The RGB image, (height, width, 3) uint8, and the labeled cells, which may extend beyond it.
     """
     scale = size[0] / NOMINAL_SIZE[0]
     canvas = _background(rng, size)
@@ -178,12 +184,8 @@ def draw_smear(rng: np.random.Generator, size: Tuple[int, int]) -> Tuple[np.ndar
         topmost[window][covered] = index
         footprint.append(covered.sum())
     _draw_specks(rng, canvas, scale)
-    boxes = [
-        (cell.category, _clip(cell.box(), size))
-        for index, cell in enumerate(cells)
-        if (topmost == index).sum() >= MIN_VISIBLE * footprint[index]
-    ]
-    return _photograph(rng, canvas, scale), boxes
+    labeled = [cell for index, cell in enumerate(cells) if (topmost == index).sum() >= MIN_VISIBLE * footprint[index]]
+    return _photograph(rng, canvas, scale), labeled
 
 
 def _clip(box: np.ndarray, size: Tuple[int, int]) -> np.ndarray:

@@ -1,7 +1,7 @@
 """The dry run: how student, teacher and methods fit together, and the gradient of each loss at the FPN."""
 
 from collections import Counter
-from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Tuple
+from typing import TYPE_CHECKING, Any, Dict, List, Mapping
 
 from detectron2.utils.events import EventStorage
 from fvcore.nn import parameter_count
@@ -9,7 +9,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from ..complexity import num_parameters
-from ..contract import Dense, channel_order, level_channels, level_strides
+from ..contract import channel_order, level_names, levels, num_classes
 from ..errors import D2kdError
 from ..heads import Cut
 from .gradients import gradient_ratios, weight_warnings
@@ -50,25 +50,33 @@ def detector_tables(model: "DistillMetaArch") -> str:
     whole: List[List[Any]] = [
         ["detector", *(type(detector).__name__ for detector in both)],
         ["parameters", *(f"{num_parameters(network) / 1e6:.2f} M" for network in (model, model.teacher.network))],
-        ["classes", *(detector.num_classes for detector in both)],
+        ["classes", *(num_classes(detector) for detector in both)],
         ["channel order", channel_order(model), model.teacher.input_format],
     ]
-    columns: List[Tuple[Any, Any]] = [
-        (own, theirs)
-        for own, theirs in zip(*([d.head_in_features, level_strides(d), level_channels(d), _anchors(d)] for d in both))
-    ]
-    levels = [[f"{own} / {theirs}" for own, theirs in level] for level in zip(*(zip(*column) for column in columns))]
+    if model.teacher.scale != 1:
+        whole.append(["image scale", 1, model.teacher.scale])
+    own, theirs = _levels(model), _levels(model.teacher.architecture, model.teacher.scale)
+    partners = [(pair.own, theirs[pair.theirs]) for pair in model.level_pairs]
+    left_out = [(i, ["none"] * len(level)) for i, level in enumerate(own) if i not in dict(partners)]
+    rows = [[f"{x} / {y}" for x, y in zip(own[i], partner)] for i, partner in [*partners, *left_out]]
     headers = ["level (student / teacher)", "stride", "channels", "anchors per place"]
     return "\n\n".join(
         [
             tabulate(whole, headers=["", "student", "teacher"], tablefmt="simple", disable_numparse=True),
-            tabulate(levels, headers=headers, tablefmt="simple", disable_numparse=True),
+            tabulate(rows, headers=headers, tablefmt="simple", disable_numparse=True),
         ]
     )
 
 
-def _anchors(detector: Dense) -> List[int]:
-    return detector.anchor_generator.num_anchors
+def _levels(detector: Any, scale: float = 1.0) -> List[List[str]]:
+    """Name, stride in the student's pixels, channels and anchors per place of each level."""
+    generator = getattr(detector, "anchor_generator", None)  # of a dense detector
+    shapes = levels(detector)
+    anchors = generator.num_anchors if generator is not None else ["-"] * len(shapes)
+    return [
+        [name, f"{shape.stride / scale:g}", str(shape.channels), str(count)]
+        for name, shape, count in zip(level_names(detector), shapes, anchors)
+    ]
 
 
 def method_table(model: "DistillMetaArch") -> str:

@@ -6,7 +6,7 @@ import torch
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from torch import nn
 
-from ..contract import Dense, channel_order
+from ..contract import Dense, channel_order, level_names
 from ..dense import evaluation_mode, run_dense
 
 
@@ -33,7 +33,7 @@ def levels_not_finite(model: nn.Module, batch: List[Dict[str, Any]]) -> List[str
         outputs["teacher"] = teacher(batch, channel_order(model))
     found = []
     for who, out in outputs.items():
-        for name, *maps in zip(out.detector.head_in_features, out.features, *out.predictions):
+        for name, *maps in zip(level_names(out.detector), out.features, *out.predictions):
             if not all(level.isfinite().all() for level in maps):
                 found.append(f"{who} {name}")
     return found

@@ -13,13 +13,14 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from ..complexity import num_parameters
-from ..contract import channel_order
+from ..contract import channel_order, num_classes
 from ..data.loader import SeededDataset
 from ..errors import D2kdError
 from ..keys import key, setting
 from ..meta_arch import DistillMetaArch
 from ..teacher import Teacher
-from .sample import Sample, average_precision, draw
+from .reduced_teacher import check_precision
+from .sample import Sample, at_scale, average_precision, draw
 from .variants import Variant, class_variants, pixel_variants, shuffled
 
 # A loss is clearly lower than another if its mean is below this fraction of the other's, and most images agree.
@@ -29,6 +30,7 @@ from .variants import Variant, class_variants, pixel_variants, shuffled
 # 0.96 times.
 CLEARLY_LOWER = 0.95
 MOST_IMAGES = 0.8  # of those on which the two differ
+PRECISION_IMAGES = 4  # on which the gradients of a teacher in reduced precision are compared
 # In percent. Networks with random weights stay far below.
 WEAK_AP50 = 10.0
 PARTS = {"": "all weights", "backbone.": "the backbone's weights"}  # a random head already shows by the first
@@ -40,7 +42,7 @@ def _skip() -> str:
     return f"{setting('MODEL.DISTILL.PREFLIGHT', 0)} skips this check"
 
 
-def check_teacher(model: nn.Module, loader: Any, num_images: int) -> None:
+def check_teacher(model: nn.Module, loader: Any, num_images: int, amp_dtype: str = "") -> None:
     """Loads a student's teacher if necessary, and checks it on rank 0, which logs a report; the other ranks wait.
 
     Training is the same with and without this check.
@@ -49,6 +51,7 @@ def check_teacher(model: nn.Module, loader: Any, num_images: int) -> None:
         model: the student, not wrapped. Other models are not checked.
         loader: d2kd's training loader.
         num_images: number of images to use, spread evenly over the training set; 0 only loads the teacher.
+        amp_dtype: type of mixed precision in training, "" for none.
 
     Raises:
         D2kdError: on all ranks: the teacher cannot be loaded or is clearly broken; names the cause.
@@ -68,6 +71,10 @@ def check_teacher(model: nn.Module, loader: Any, num_images: int) -> None:
     verdict = comm.all_gather(verdict)[0]
     if verdict:
         raise D2kdError(verdict)
+    dataset = getattr(loader, "dataset", None)
+    if model.teacher.engine.makes_copies and isinstance(dataset, SeededDataset):
+        images = draw(dataset, min(num_images, PRECISION_IMAGES), range(model.num_classes))
+        check_precision(model, images, amp_dtype)
 
 
 def examine(model: DistillMetaArch, dataset: Any, num_images: int) -> None:
@@ -79,10 +86,14 @@ def examine(model: DistillMetaArch, dataset: Any, num_images: int) -> None:
         reason = "the data loader is not d2kd's" if own else "it has other classes than the student"
         _LOG.warning("Whether the teacher detects anything was not checked: %s.", reason)
         return
-    sample = Sample(draw(dataset, num_images, own), channel_order(model), own, theirs)
-    precision = average_precision(sample, model.teacher)
-    best, losses = look(sample, model.teacher)
-    numbers = {"AP, AP50": "{:.1f}, {:.1f}".format(*precision), "detection loss": ""}
+    images, teacher = draw(dataset, num_images, own), model.teacher
+    if teacher.scale != 1:  # judged in its own pixels
+        images, teacher = at_scale(images, teacher.scale), Teacher(teacher.network, teacher.input_format)
+    sample = Sample(images, channel_order(model), own, theirs)
+    precision = average_precision(sample, teacher)
+    best, losses = look(sample, teacher)
+    what = "detection loss" if teacher.is_dense else "1 - AP of boxes without classes"
+    numbers = {"AP, AP50": "{:.1f}, {:.1f}".format(*precision), what: ""}
     numbers.update({f"  {label}": f"{values.mean():.3f}" for label, values in losses.items()})
     report({**description(model.teacher), **numbers, "images": f"{len(sample.images)} of the training set"})
     is_weak = precision[1] < WEAK_AP50
@@ -99,7 +110,7 @@ def look(sample: Sample, teacher: Teacher) -> Tuple[Variant, Dict[str, Tensor]]:
         first as configured, then in the other ways, and last in the best way with each of ``PARTS`` shuffled.
     """
     configured = Variant("as configured", "", teacher)
-    others = [*pixel_variants(teacher), *class_variants(sample, teacher)]
+    others = [*pixel_variants(teacher), *(class_variants(sample, teacher) if teacher.is_dense else [])]
     losses = {variant.label: variant.losses(sample) for variant in [configured, *others]}
     better = [v for v in others if clearly_lower(losses[v.label], losses[configured.label])]
     best = min([configured, *better], key=lambda variant: float(losses[variant.label].mean()))
@@ -145,7 +156,7 @@ def shared_classes(model: DistillMetaArch, teacher: Teacher) -> Tuple[List[int],
     """Indices of the shared classes in student and teacher; none if their numbers of classes differ."""
     if model.shared_classes is not None:
         return model.shared_classes
-    same = range(model.num_classes if model.num_classes == teacher.detector.num_classes else 0)
+    same = range(model.num_classes if model.num_classes == num_classes(teacher.detector) else 0)
     return list(same), list(same)
 
 
@@ -156,7 +167,7 @@ def description(teacher: Teacher) -> Dict[str, str]:
     tensors = sum(not name.endswith("num_batches_tracked") for name in detector.state_dict())
     mean, std = ([round(x, 3) for x in v.flatten().tolist()] for v in (detector.pixel_mean, detector.pixel_std))
     return {
-        "detector": f"{type(detector).__name__}, {detector.num_classes} classes",
+        "detector": f"{type(detector).__name__}, {num_classes(detector)} classes",
         "weights": f"{teacher.weights}: all {tensors} tensors matched, none missing"
         if teacher.weights
         else "set in Python",

@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
-from detectron2.structures import Instances
+from detectron2.structures import Boxes, Instances
 from fvcore.nn import sigmoid_focal_loss
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..contract import DenseStudent
 from ..data.loader import SeededDataset
-from ..dense import preprocess
+from ..dense import preprocess, resized
 from ..errors import D2kdError
 from ..losses import giou_loss
 from ..teacher import Teacher
@@ -52,6 +52,20 @@ class ImageResult(NamedTuple):
         return torch.nan_to_num(class_loss + self.box_loss, nan=torch.inf)
 
 
+class Detections(NamedTuple):
+    """What a teacher that is not dense finds in one image.
+
+    Attributes:
+        precision: its AP when classes are ignored, 0 to 1.
+    """
+
+    precision: float
+
+    def loss(self) -> Tensor:
+        """What is missing to all objects, (), 0 to 1."""
+        return torch.tensor(1 - self.precision)
+
+
 class Sample:
     """Images with ground truth.
 
@@ -68,13 +82,27 @@ class Sample:
         self.images = images
         self.input_format = input_format
         self.own, self.theirs = list(own), list(theirs)
-        self._results: MutableMapping[Teacher, List[ImageResult]] = WeakKeyDictionary()
+        self._results: MutableMapping[Teacher, List[Any]] = WeakKeyDictionary()
 
-    def results(self, teacher: Teacher) -> List[ImageResult]:
-        """What a teacher predicts for each image."""
+    def results(self, teacher: Teacher) -> List[Any]:
+        """What a teacher predicts for each image, an :class:`ImageResult`; :class:`Detections` if it is not dense."""
         if teacher not in self._results:
-            self._results[teacher] = [self._result(teacher, image) for image in self.images]
+            self._results[teacher] = (
+                [self._result(teacher, image) for image in self.images]
+                if teacher.is_dense
+                else [Detections(x) for x in self.precisions(teacher)]
+            )
         return self._results[teacher]
+
+    def precisions(self, teacher: Teacher) -> List[float]:
+        """AP in each image when classes are ignored, which teachers of features need not share, 0 to 1."""
+        precisions = []
+        for image, found in zip(self.images, self.detections(teacher)):
+            truth = Instances(found.image_size, gt_boxes=image["instances"].gt_boxes)
+            truth.gt_classes = torch.zeros_like(image["instances"].gt_classes)
+            found.pred_classes = torch.zeros_like(found.pred_classes)
+            precisions.append(coco_precision([truth], [found], 1)[0])
+        return precisions
 
     # One image at a time, for the loss of each, and to save memory.
     def _result(self, teacher: Teacher, image: Dict[str, Any]) -> ImageResult:
@@ -95,13 +123,28 @@ class Sample:
     @torch.no_grad()
     def detections(self, teacher: Teacher) -> List[Instances]:
         """Detections of the shared classes in each image."""
-        found = []
-        for image in self.images:
-            outputs, detector = teacher([image], self.input_format), cast(Any, teacher.detector)
+        found = [self._detections(teacher, image).to("cpu") for image in self.images]
+        return [renumbered(instances, "pred_classes", self.theirs) for instances in found]
+
+    def _detections(self, teacher: Teacher, image: Dict[str, Any]) -> Instances:
+        detector = cast(Any, teacher.detector)
+        if teacher.is_dense:
+            outputs = teacher([image], self.input_format)
             images = preprocess(detector, [image])  # only its size matters
-            (instances,) = detector.forward_inference(images, outputs.features, outputs.predictions)
-            found.append(renumbered(instances.to("cpu"), "pred_classes", self.theirs))
-        return found
+            return detector.forward_inference(images, outputs.features, outputs.predictions)[0]
+        pixels = image["image"] if self.input_format == teacher.input_format else image["image"].flip(0)
+        return detector([{"image": pixels}])[0]["instances"]
+
+
+def at_scale(images: Sequence[Dict[str, Any]], scale: float) -> List[Dict[str, Any]]:
+    """Images and their ground truth as a teacher sees them that sees them at a scale."""
+    seen = []
+    for image in images:
+        pixels = resized(image["image"], scale)
+        instances = Instances((pixels.shape[-2], pixels.shape[-1]), **image["instances"].get_fields())
+        instances.gt_boxes = Boxes(instances.gt_boxes.tensor * scale)
+        seen.append({**image, "image": pixels, "instances": instances})
+    return seen
 
 
 def draw(dataset: SeededDataset, num_images: int, classes: Sequence[int]) -> List[Dict[str, Any]]:
@@ -144,11 +187,16 @@ def focal_loss(logits: Tensor, targets: Tensor) -> Tensor:
 def average_precision(sample: Sample, teacher: Teacher) -> Tuple[float, float]:
     """COCO AP and AP50 of the teacher on the sample, in percent."""
     truths = [renumbered(image["instances"], "gt_classes", range(len(sample.own))) for image in sample.images]
+    precision, precision50 = coco_precision(truths, sample.detections(teacher), len(sample.own))
+    return 100 * precision, 100 * precision50
+
+
+def coco_precision(truths: Sequence[Instances], found: Sequence[Instances], num_classes: int) -> Tuple[float, float]:
+    """COCO AP and AP50 of detections in images, 0 to 1."""
     annotations = [a for i, x in enumerate(truths) for a in coco_entries(i, x.gt_boxes.tensor, x.gt_classes)]
-    found = [(i, x) for i, x in enumerate(sample.detections(teacher))]
     results = [
         {**entry, "score": float(score)}
-        for i, x in found
+        for i, x in enumerate(found)
         for entry, score in zip(coco_entries(i, x.pred_boxes.tensor, x.pred_classes), x.scores)
     ]
     if not results:  # pycocotools cannot read an empty list
@@ -157,7 +205,7 @@ def average_precision(sample: Sample, teacher: Teacher) -> Tuple[float, float]:
         truth = COCO()
         truth.dataset = {
             "images": [{"id": i} for i in range(len(truths))],
-            "categories": [{"id": k} for k in range(len(sample.own))],
+            "categories": [{"id": k} for k in range(num_classes)],
             "annotations": [{**entry, "id": i, "iscrowd": 0} for i, entry in enumerate(annotations, 1)],
         }
         truth.createIndex()
@@ -165,7 +213,7 @@ def average_precision(sample: Sample, teacher: Teacher) -> Tuple[float, float]:
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    return 100 * float(evaluation.stats[0]), 100 * float(evaluation.stats[1])
+    return float(evaluation.stats[0]), float(evaluation.stats[1])
 
 
 def coco_entries(image_id: int, boxes: Tensor, classes: Tensor) -> List[Dict[str, Any]]:

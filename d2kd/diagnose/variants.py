@@ -1,7 +1,7 @@
 """Other ways to use a teacher: if one of them is clearly better than the configured one, it shows what is wrong."""
 
 import copy
-from typing import Callable, List, NamedTuple, Sequence
+from typing import Any, Callable, List, NamedTuple, Sequence
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ class Variant(NamedTuple):
     label: str
     diagnosis: str
     teacher: Teacher
-    loss: Callable[[ImageResult], Tensor] = ImageResult.loss
+    loss: Callable[[Any], Tensor] = lambda result: result.loss()
     of_classes: bool = False
 
     def losses(self, sample: Sample) -> Tensor:

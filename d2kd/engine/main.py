@@ -11,6 +11,7 @@ from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.utils import comm
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
+from ..config import find_config
 from ..data.checks import check_datasets
 from ..data.coco import Remark
 from ..errors import (
@@ -232,6 +233,7 @@ def _work(args: argparse.Namespace, trainer: Type[Trainer], checked: Checked, re
         with _lock(folder, args), run_logs(logs), known_mistakes():
             if not args.eval_only:
                 recipe = recipe.with_seed(folder.saved_seed() if args.resume else -1)
+            args.config_file = find_config(args.config_file)  # detectron2 reads it; it may be a name of the zoo
             default_setup(recipe.changed("OUTPUT_DIR", logs).config, args)
             if comm.is_main_process():
                 log_remarks(checked.remarks)

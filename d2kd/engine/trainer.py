@@ -23,6 +23,7 @@ from ..checkpoint.run_checkpoints import RunCheckpointer
 from ..data.bad_images import BadImages
 from ..diagnose.preflight import check_teacher
 from ..errors import known_mistakes
+from .accumulate import accumulate
 from .devices import wrap_ddp
 from .hooks import EMA, Evaluation, Reproducible, Saving, Watch
 from .precision import amp_trainer
@@ -58,6 +59,8 @@ class Trainer(DefaultTrainer):
             if options.amp
             else SimpleTrainer(model, loader, optimizer)
         )
+        if options.accumulate > 1:
+            accumulate(self._trainer, options.accumulate, options.seed)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = RunCheckpointer(model, options.output_dir, trainer=weakref.proxy(self))
         self.start_iter = 0
@@ -82,8 +85,10 @@ class Trainer(DefaultTrainer):
         Returns:
             The last evaluation's results; empty if there was none.
         """
-        num_images = self.recipe.options.preflight if self.start_iter == 0 else 0
-        check_teacher(self.checkpointer.model, self.data_loader, num_images)
+        options = self.recipe.options
+        num_images = options.preflight if self.start_iter == 0 else 0
+        amp_dtype = options.amp_dtype if options.amp else ""
+        check_teacher(self.checkpointer.model, self.data_loader, num_images, amp_dtype)
         with self.watch:
             TrainerBase.train(self, self.start_iter, self.max_iter)
         if self.recipe.get("TEST.EXPECTED_RESULTS") and comm.is_main_process():

@@ -8,7 +8,7 @@ import sys
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Sequence
+from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
 
 import torch
 from detectron2.config import CfgNode
@@ -24,7 +24,6 @@ from .pictures import draw_curves, draw_grid
 from .plan import FACTORS, Anchors, Images, Measured, choose_anchors, image_size, measure, read_sizes, write_config
 from .series import ROOT, Run, run_all, table
 
-NAME = "own"
 LABELS = {"teacher": "teacher", "student": "student", "distilled": "student + CrossKD"}
 EVALUATIONS = 4
 # Seconds that a run takes before its first and after its last iteration.
@@ -89,8 +88,8 @@ class OwnDistillation:
         plan_only: whether to stop before training.
     """
 
-    train_data: Sequence[str]
-    val_data: Sequence[str] = ()
+    train_data: str
+    val_data: str = ""
     val_split: float = 0.2
     detector: str = "retinanet"
     models: str = ""
@@ -171,16 +170,19 @@ class OwnDistillation:
         """The data; those of a folder that has images to evaluate on are not divided."""
         split = 0.0 if self.val_data else self.val_split
         if split:
-            whole = prepare_own_data(self.train_data, (), 0.0, self.folder / "data")
+            whole = prepare_own_data([self.train_data], [], 0.0, self.folder / "data")
             if whole.val:
                 return whole
-        return prepare_own_data(self.train_data, self.val_data, split, self.folder / "data")
+        val = [self.val_data] if self.val_data else []
+        return prepare_own_data([self.train_data], val, split, self.folder / "data")
 
     @property
-    def _data_arguments(self) -> List[str]:
-        """The data as arguments of train_net.py: COCO files that are there by now."""
-        sets = [("--train-data", x) for x in self._data.train] + [("--val-data", x) for x in self._data.val]
-        return [word for option, x in sets for word in (option, f"{x.json_file}:{x.image_root}")]
+    def _pair(self) -> Tuple[str, str]:
+        """The data to train and to evaluate on, as COCO files that are there by now."""
+        if not self._data.val:
+            raise D2kdError("there is nothing to evaluate on; name --val-data, or a --val-split above 0")
+        train, val = (f"{x.json_file}:{x.image_root}" for x in (self._data.train[0], self._data.val[0]))
+        return train, val
 
     @cached_property
     def _images(self) -> Images:
@@ -310,13 +312,17 @@ class OwnDistillation:
 
     def _run(self, kind: str, seed: int) -> Run:
         folder = self.folder / (kind if kind == "teacher" else f"{kind}_seed{seed}")
-        return Run(LABELS[kind], self._file(kind), folder, seed, self._iterations, NAME, own_data=self._data_arguments)
+        return Run(
+            *(LABELS[kind], self._file(kind), folder, seed, self._iterations, ""),
+            own_data=self._pair,
+            evaluations=EVALUATIONS,
+        )
 
     def _time_and_memory(self, runs: Sequence[Run]) -> str:
         """Measures a few steps and estimates what all runs that are not done take."""
         print("\nmeasuring a few training steps ...", flush=True)
         files = [self._file("student"), self._file("teacher")]
-        student, teacher = measure(files, self._data_arguments)
+        student, teacher = measure(files, ["--train-data", self._pair[0], "--val-data", self._pair[1]])
         steps = {
             LABELS["teacher"]: teacher.step,
             LABELS["student"]: student.step,
@@ -351,7 +357,7 @@ class OwnDistillation:
         for name in ("table.md", "curves.png", "detections.png"):
             print(f"wrote {self.folder / name}")
         pages = [(run.label, run.folder) for run in runs]
-        title = f"Distillation on {', '.join(self.train_data)}"
+        title = f"Distillation on {self.train_data}"
         print(f"wrote {write_report(pages, self.folder / 'report.html', title)}")
 
     def _export(self, runs: Sequence[Run]) -> None:
@@ -366,9 +372,8 @@ class OwnDistillation:
             if subprocess.run(command, cwd=ROOT).returncode:
                 print("not exported; everything else is done", file=sys.stderr)
         print(f"\nthe distilled student, a plain detector: {run.checkpoint}\nevaluate it again:")
-        arguments = " ".join(self._data_arguments)
         print(
-            f"  python train_net.py --config-file {self._file('student')} --eval-only {arguments} "
+            f"  python train_net.py --config-file {self._file('student')} --eval-only --val-data {self._pair[1]} "
             f"MODEL.WEIGHTS {run.checkpoint}"
         )
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from statistics import mean, median
 from typing import Any, Dict, List, Mapping, Sequence, Tuple
 
 from matplotlib.axes import Axes
@@ -52,6 +53,35 @@ def draw_curves(runs: Mapping[str, Path], file: Path) -> None:
     aps.legend()
     figure.tight_layout()
     _save(figure, file)
+
+
+def draw_comparison(runs: Mapping[str, Sequence[Path]], file: Path) -> None:
+    """Plots the AP of several rows over iterations and over seconds of training, averaged over seeds.
+
+    Args:
+        runs: the output folders of each row's runs, by label.
+        file: the picture to write.
+    """
+    figure = Figure(figsize=(11, 4))
+    by_iteration, by_second = figure.subplots(1, 2, sharey=True)
+    for color, (label, folders) in zip(COLORS * len(runs), runs.items()):
+        curves = [ap_curve(folder) for folder in folders]
+        points = [tuple(map(mean, zip(*same))) for same in zip(*curves)]  # of the seeds, evaluation by evaluation
+        iterations, seconds, aps = zip(*points)
+        by_iteration.plot(iterations, aps, "o-", color=color, label=f"{label} ({len(folders)})", markersize=3)
+        by_second.plot(seconds, aps, "o-", color=color, markersize=3)
+    by_iteration.set(xlabel="iteration", ylabel="AP")
+    by_second.set(xlabel="seconds of training")
+    by_iteration.legend(title="row (seeds)", fontsize=8)
+    figure.tight_layout()
+    _save(figure, file)
+
+
+def ap_curve(run: Path) -> List[Tuple[float, float, float]]:
+    """Iterations, seconds of training without evaluations, and AP, for each evaluation of a run."""
+    records = read_metrics(run)
+    step = median(r["time"] for r in records if "time" in r)
+    return [(r["iteration"] + 1, step * (r["iteration"] + 1), r["bbox/AP"]) for r in records if "bbox/AP" in r]
 
 
 def detection_loss(record: Mapping[str, Any]) -> float:

@@ -8,7 +8,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, median, stdev
-from typing import Any, Callable, Dict, List, Optional, Sequence
+from types import MappingProxyType
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 from tabulate import tabulate
@@ -17,10 +18,12 @@ from ..data import dataset_root, write_blood_cells
 from ..data.bccd import prepare, summary
 from ..errors import EXIT_INTERRUPTED, D2kdError, exit_status
 from .pictures import read_metrics
+from .statistics import paired_difference
 
 ROOT = Path(__file__).resolve().parents[2]
-SPLITS = {"TRAIN": "train", "TEST": "val"}
 DIGITS = {"s/step": 3, "training s": 0}
+# AP of small, medium and large objects.
+SIZES = ("APs", "APm", "APl")
 
 
 @dataclass
@@ -33,10 +36,11 @@ class Run:
         folder: output folder.
         seed: random seed.
         iterations: number of training iterations.
-        data: data set; <data>_train is used for training and <data>_val for evaluation.
+        data: data set; <data>_train is used for training and <data>_val for evaluation. "" for ``own_data``.
         overrides: additional config keys and values.
-        own_data: arguments that name own data, such as --train-data; they replace ``data``, which is then a name only.
         threads: number of CPU threads; 0 for all cores.
+        own_data: what --train-data and --val-data of train_net.py are.
+        evaluations: how often the run is evaluated.
     """
 
     label: str
@@ -46,8 +50,9 @@ class Run:
     iterations: int
     data: str
     overrides: Dict[str, Any] = field(default_factory=dict)
-    own_data: Sequence[str] = ()
     threads: int = 0
+    own_data: Tuple[str, str] = ("", "")
+    evaluations: int = 4
 
     @property
     def name(self) -> str:
@@ -75,18 +80,26 @@ class Run:
             "OUTPUT_DIR": self.folder,
             "SEED": self.seed,
             "SOLVER.MAX_ITER": self.iterations,
-            "TEST.EVAL_PERIOD": max(self.iterations // 4, 1),
+            "TEST.EVAL_PERIOD": max(self.iterations // self.evaluations, 1),
+            **self._data_sets,
             **self.overrides,
         }
-        if not self.own_data:
-            overrides.update({f"DATASETS.{split}": f"('{self.data}_{name}',)" for split, name in SPLITS.items()})
-        command = [sys.executable, "train_net.py", "--config-file", self.config, "--resume", *self.own_data]
+        command = [sys.executable, "train_net.py", "--config-file", self.config, "--resume"]
+        if not self.data:
+            command += ["--train-data", self.own_data[0], "--val-data", self.own_data[1]]
         return command + [str(word) for pair in overrides.items() for word in pair]
+
+    @property
+    def _data_sets(self) -> Dict[str, Any]:
+        if not self.data:
+            return {}
+        return {"DATASETS.TRAIN": f"('{self.data}_train',)", "DATASETS.TEST": f"('{self.data}_val',)"}
 
     def settings(self) -> Dict[str, Any]:
         """Returns the settings that identify the run; they are saved in its folder."""
         options = {key: str(value) for key, value in self.overrides.items()}
-        return {"iterations": self.iterations, "seed": self.seed, "data": self.data, "config": self.config, **options}
+        data = self.data or list(self.own_data)
+        return {"iterations": self.iterations, "seed": self.seed, "data": data, "config": self.config, **options}
 
     def check_folder(self) -> None:
         """Raises D2kdError if the folder belongs to a different run; otherwise saves the settings of this one there."""
@@ -105,10 +118,7 @@ class Run:
 
     def check_ended(self, returncode: int) -> None:
         """Raises D2kdError with the end of the log if the run failed."""
-        if returncode:
-            log = self.folder / "train.log"
-            tail = "\n".join(log.read_text().splitlines()[-15:])
-            raise D2kdError(f"{self.name} failed; the end of {log}:\n{tail}")
+        _check_ended(self.name, returncode, self.folder)
 
     def progress(self) -> str:
         """Returns the progress as text, with an estimate of the remaining time."""
@@ -139,10 +149,44 @@ class Run:
         return {
             "AP": last["bbox/AP"],
             "AP50": last["bbox/AP50"],
+            **{name: last[f"bbox/{name}"] for name in SIZES if f"bbox/{name}" in last},
             **per_class,
             "s/step": self.step_seconds(),
             "training s": self.step_seconds() * self.iterations,
         }
+
+
+def evaluate(config: str, data: str, folder: Path, overrides: Mapping[str, Any]) -> Path:
+    """Evaluates a detector through train_net.py.
+
+    Args:
+        config: of the detector.
+        data: what --val-data is.
+        folder: output folder.
+        overrides: config keys and values, MODEL.WEIGHTS among them.
+
+    Returns:
+        The file of its detections, ``coco_instances_results.json``.
+
+    Raises:
+        D2kdError: it failed; has the end of the log.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "train_net.py", "--config-file", config, "--eval-only", "--val-data", data]
+    options = {**overrides, "OUTPUT_DIR": folder}
+    command += [str(word) for pair in options.items() for word in pair]
+    with (folder / "train.log").open("w") as out:
+        done = subprocess.run(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, env=environment())
+    _check_ended(f"the evaluation of {config}", done.returncode, folder)
+    return next((folder / "inference").glob("*/coco_instances_results.json"))
+
+
+def _check_ended(name: str, returncode: int, folder: Path) -> None:
+    """Raises D2kdError with the end of the log if a command failed."""
+    if returncode:
+        log = folder / "train.log"
+        tail = "\n".join(log.read_text().splitlines()[-15:])
+        raise D2kdError(f"{name} failed; the end of {log}:\n{tail}")
 
 
 def environment(threads: int = 0) -> Dict[str, str]:
@@ -249,15 +293,32 @@ def spread(values: List[float], digits: int = 1) -> str:
     return text if len(values) == 1 else f"{text} ± {stdev(values):.{digits}f}"
 
 
-def table(runs: Sequence[Run]) -> str:
-    """Returns a Markdown table that compares finished runs, with one row per label."""
+def table(
+    runs: Sequence[Run], costs: Mapping[str, Mapping[str, str]] = MappingProxyType({}), baseline: str = ""
+) -> str:
+    """Returns a Markdown table that compares finished runs, with one row per label.
+
+    Args:
+        runs: finished runs.
+        costs: further columns of a label, in place of the number of parameters.
+        baseline: label of the row that others are compared with, seed by seed; "" for none.
+    """
     rows = []
     for label in dict.fromkeys(run.label for run in runs):
         group = [run for run in runs if run.label == label]
         numbers = [run.row() for run in group]
         columns = {key: spread([n[key] for n in numbers], DIGITS.get(key, 1)) for key in numbers[0]}
-        params = f"{group[0].num_parameters() / 1e6:.2f} M"
-        rows.append({"": label, "params": params, "iterations": group[0].iterations, **columns})
+        first = costs.get(label) or {"params": f"{group[0].num_parameters() / 1e6:.2f} M"}
+        rows.append({"": label, **first, "iterations": group[0].iterations, **columns})
         if len(group) > 1:
             rows[-1]["AP of each seed"] = " / ".join(f"{n['AP']:.1f}" for n in numbers)
+        if difference := _difference(runs, group, baseline):
+            rows[-1][f"AP - {baseline}"] = difference
     return tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
+
+
+def _difference(runs: Sequence[Run], group: Sequence[Run], baseline: str) -> str:
+    """The paired difference in AP from the baseline of the same config, over the seeds that both have; "" for none."""
+    others = {run.seed: run.row()["AP"] for run in runs if run.label == baseline and run.config == group[0].config}
+    pairs = [(run.row()["AP"], others[run.seed]) for run in group if run.seed in others and run.label != baseline]
+    return str(paired_difference(*zip(*pairs))) if pairs else ""

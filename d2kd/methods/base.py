@@ -30,6 +30,8 @@ class Method(nn.Module):
 
     #: Whether the teacher's head must run, and have the student's classes and anchors.
     reads_head: ClassVar[bool] = True
+    #: Whether the losses read feature maps of the teacher, or tapped ones. If no method does, they are freed before.
+    reads_maps: ClassVar[bool] = True
     #: Whether the maps of student and teacher may differ in size.
     resizes: ClassVar[bool] = False
 
@@ -54,6 +56,9 @@ class Method(nn.Module):
         Raises:
             D2kdError: the method cannot work on this pair.
         """
+
+    def note(self, teacher: DenseOutputs) -> None:
+        """Puts what a method without ``reads_maps`` needs of the teacher's maps into ``teacher.notes``."""
 
     def forward(self, student: DenseOutputs, teacher: DenseOutputs, targets: Targets) -> Dict[str, Tensor]:
         """Computes the losses; see the class."""

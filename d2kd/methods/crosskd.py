@@ -25,7 +25,7 @@ Deviations from the authors' code, none of which affects a typical batch:
 Narrower and shallower heads, which the paper does not cover: see :class:`CrossKD`.
 """
 
-from typing import Any, List, Sequence, Tuple
+from typing import Any, Hashable, List, Sequence, Tuple
 
 from torch import Tensor, nn
 
@@ -35,6 +35,8 @@ from ..errors import D2kdError
 from ..heads import TOWERS, Cut, cross_head, num_convs, split_tower
 from .base import METHOD_REGISTRY, Channels, channel_statistics
 from .response import ResponseKD
+
+Statistics = Tuple[Tensor, Tensor]  # mean and deviation of each channel
 
 
 @METHOD_REGISTRY.register()
@@ -89,14 +91,25 @@ class CrossKD(ResponseKD):
 
     def cross(self, student: DenseOutputs, teacher: DenseOutputs) -> DenseOutputs:
         """Returns the teacher head's outputs on the student's adapted and aligned tower features."""
-        towers = zip(self.adapters.values(), student.towers(self.cut), teacher.towers(self.teacher_cut))
+        self.note(teacher)
+        towers = zip(self.adapters.values(), student.towers(self.cut), teacher.notes[self._statistics])
         aligned = [self.align([adapter(level) for level in own], theirs) for adapter, own, theirs in towers]
         predictions = cross_head(teacher.detector.head, self.teacher_cut, *aligned)
         return DenseOutputs(teacher.detector, teacher.features, predictions, classes=teacher.classes)
 
-    def align(self, student: List[Tensor], teacher: List[Tensor]) -> List[Tensor]:
+    def note(self, teacher: DenseOutputs) -> None:
+        """Notes the statistics of the teacher's channels for each tower and level, all that the alignment reads."""
+        if self._statistics not in teacher.notes:
+            towers = teacher.towers(self.teacher_cut)
+            teacher.notes[self._statistics] = [[channel_statistics(x, self.sync) for x in tower] for tower in towers]
+
+    @property
+    def _statistics(self) -> Hashable:
+        return "channel statistics", self.teacher_cut, self.sync
+
+    def align(self, student: List[Tensor], teacher: List[Statistics]) -> List[Tensor]:
         """Aligns each level and applies the activation, unless the teacher's head is entered at its FPN features."""
-        aligned = [align_scale(s, t, self.sync) for s, t in zip(student, teacher)]
+        aligned = [align_to(s, t, self.sync) for s, t in zip(student, teacher)]
         return [level.relu() for level in aligned] if self.teacher_cut.convs > 0 else aligned
 
 
@@ -106,6 +119,11 @@ def make_adapter(channels: int, teacher_channels: int) -> nn.Module:
     The authors suggest a 1x1 convolution for narrower students (issue 8 of their repository). It stands before the
     alignment, since the statistics that :func:`align_scale` takes over are those of the teacher's channels, and so also
     before the activation. The alignment cancels a bias and the scale of each output channel, so there is no bias.
+
+    It starts orthogonal: all inner products of a narrower student's feature are kept, so that no part of it is faint in
+    the teacher's head at the start, and so in its first gradients. Since scales cancel, draws of independent weights of
+    other sizes differ from each other only in how fast they turn. An identity would leave channels without a deviation
+    to align, and student and teacher have no common order of channels that it could keep.
 
     Args:
         channels: the student's.
@@ -132,8 +150,13 @@ def align_scale(student: Tensor, teacher: Tensor, sync: bool = False) -> Tensor:
     Returns:
         (N, C, H, W), float32.
     """
+    return align_to(student, channel_statistics(teacher, sync), sync)
+
+
+def align_to(student: Tensor, teacher: Statistics, sync: bool = False) -> Tensor:
+    """The same as :func:`align_scale`, with the teacher's :func:`channel_statistics`."""
     mean, std = channel_statistics(student, sync)
-    teacher_mean, teacher_std = channel_statistics(teacher, sync)
+    teacher_mean, teacher_std = teacher
     return (student.float() - mean) / (std + 1e-6) * teacher_std + teacher_mean
 
 

@@ -83,7 +83,7 @@ class FitNet(FeatureMethod):
             region = near_region(student, targets)
         else:
             region = instance_region(student, teacher, targets, self.gi_per_batch)
-        return to_locations(region, student)
+        return student.compared(to_locations(region, student))
 
 
 def mean_inside(errors: List[Tensor], regions: List[Tensor]) -> Tensor:

@@ -1,0 +1,55 @@
+"""What the detectors of a comparison cost to run."""
+
+import json
+from pathlib import Path
+from typing import Any, Callable, Dict, Sequence
+
+import torch
+
+from ..complexity import measure
+from ..export import evaluation_size, export_torchscript, load_detector, median_ms
+
+SECONDS = 3.0
+
+
+def cost_columns(config: str, weights: Path, opts: Sequence[str], cache: Path) -> Dict[str, str]:
+    """MACs, parameters and latency of a detector, at the size of its evaluation; measured once.
+
+    Args:
+        config: of the detector.
+        weights: its checkpoint.
+        opts: overrides of the config.
+        cache: a JSON file, written if it is missing.
+    """
+    costs = _cached(cache, lambda: measure_costs(config, weights, opts, cache.with_suffix(".ts")))
+    return {
+        "GMACs": f"{costs['macs'] / 1e9:.2f}",
+        "params": f"{costs['parameters'] / 1e6:.2f} M",
+        "latency ms": f"{costs['latency_ms']:.0f}",
+    }
+
+
+def measure_costs(config: str, weights: Path, opts: Sequence[str], file: Path) -> Dict[str, Any]:
+    """Counts MACs and parameters, and times the TorchScript file of a detector on the CPU.
+
+    Args:
+        config: of the detector.
+        weights: its checkpoint.
+        opts: overrides of the config.
+        file: where the exported file is written.
+
+    Returns:
+        ``macs`` and ``parameters``; ``latency_ms``, the median for one image; ``size``, height and width of the image
+        in pixels; ``threads`` of the CPU.
+    """
+    size = evaluation_size(config, opts)
+    detector = load_detector(config, str(weights), opts)
+    found = measure(detector, size)
+    latency = median_ms(export_torchscript(detector, file, size), detector.device, size, SECONDS)
+    return {**found._asdict(), "latency_ms": latency, "size": size, "threads": torch.get_num_threads()}
+
+
+def _cached(file: Path, make: Callable[[], Dict[str, Any]]) -> Dict[str, Any]:
+    if not file.exists():
+        file.write_text(json.dumps(make()))
+    return json.loads(file.read_text())
