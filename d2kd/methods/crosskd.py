@@ -96,7 +96,7 @@ class CrossKD(ResponseKD):
         aligned = [self.align([adapter(level) for level in own], theirs) for adapter, own, theirs in towers]
         predictions = cross_head(teacher.detector.head, self.teacher_cut, *aligned)
         crossed = DenseOutputs(teacher.detector, teacher.features, predictions, classes=teacher.classes)
-        crossed.anchors_per_level = teacher.anchors_per_level  # the features may be freed
+        crossed.anchors_per_level = teacher.anchors_per_level  # its maps may be freed
         return crossed
 
     def note(self, teacher: DenseOutputs) -> None:
