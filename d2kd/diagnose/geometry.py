@@ -15,8 +15,8 @@ from ..teacher import Teacher
 from .sample import Sample
 from .variants import Variant, where, with_parts
 
-# Larger ones would need more memory than training does.
-IMAGE_SCALES = (0.25, 0.35, 0.5, 0.71, 1.41, 2.0)
+# Steps small enough for a teacher that was trained at a single size. Larger scales would need far more memory.
+IMAGE_SCALES = (0.25, 0.3, 0.35, 0.42, 0.5, 0.59, 0.71, 0.84, 1.19, 1.41, 1.68, 2.0)
 ANCHOR_SCALES = (0.5, 2.0)
 # The defaults of detectron2's RetinaNet, and of its R-CNNs and ATSS.
 BOX_WEIGHTS = ((1.0, 1.0, 1.0, 1.0), (10.0, 10.0, 5.0, 5.0))

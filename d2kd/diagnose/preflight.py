@@ -37,7 +37,7 @@ PRECISION_IMAGES = 4  # on which the gradients of a teacher in reduced precision
 WEAK_AP50, RANDOM_AP50 = 25.0, 10.0
 # A teacher whose AP is a smaller share of its AP50 localizes badly, and is examined too.
 IMPRECISE = 0.45
-# A way restores AP if AP is so many times the configured one, and so many points above it.
+# AP is clearly higher if it is so many times the configured one, and so many points above it.
 RESTORED, POINTS = 1.25, 3.0
 
 _LOG = logging.getLogger(__name__)
@@ -50,19 +50,21 @@ class Part(NamedTuple):
         prefix: of the names of its parameters.
         name: in messages.
         loss: what grows if they are shuffled.
+        below: what a trained part's loss is of that with the part shuffled, at most.
     """
 
     prefix: str
     name: str
     loss: Callable[[Any], Tensor] = lambda result: result.loss()
+    below: float = CLEARLY_LOWER
 
 
 # From the whole to its parts: if all weights are random, so is each part.
 PARTS = [
     Part("", "all weights"),
     Part("backbone.", "the backbone's weights"),
-    Part("head.cls", "the class branch of the head", ImageResult.class_loss),
-    Part("head.bbox", "the box branch of the head", lambda result: result.box_loss),
+    Part("head.cls", "the class branch of the head", ImageResult.class_loss, 0.98),
+    Part("head.bbox", "the box branch of the head", lambda result: result.box_loss, 0.98),
 ]
 
 
@@ -161,9 +163,14 @@ def cause_of(ways: Sequence[Measured]) -> Measured:
     return max([x for x in ways[1:] if restores(x, configured)], key=lambda x: x.ap, default=configured)
 
 
+def improves(way: Measured, configured: Measured) -> bool:
+    """Whether AP is clearly higher in a way."""
+    return way.ap >= RESTORED * configured.ap + POINTS
+
+
 def restores(way: Measured, configured: Measured) -> bool:
-    """Whether AP comes back in a way."""
-    if way.ap < RESTORED * configured.ap + POINTS or way.ap50 < RANDOM_AP50 or way.ap < IMPRECISE * way.ap50:
+    """Whether AP comes back in a way: it is clearly higher, and not as if something else were wrong too."""
+    if not improves(way, configured) or way.ap50 < RANDOM_AP50 or way.ap < IMPRECISE * way.ap50:
         return False
     # Ignoring classes raises the AP of many a sound teacher.
     return way.variant.label != ANY_CLASS or clearly_lower(way.losses, configured.losses)
@@ -199,19 +206,22 @@ def judge(ways: Sequence[Measured], parts: Sequence[Tuple[Part, Tensor, Measured
             raise D2kdError(verdict)
         _LOG.warning("No method reads classes, but %s", verdict)
     elif is_doubtful(configured):
-        for part, own, other in parts:
-            check_part(part, own, other.losses)
+        # What another use improves is not random.
+        for part, own, other in [] if any(improves(way, configured) for way in ways) else parts:
+            # Nor is the whole of a network that detects something, though its backbone may matter little.
+            if configured.ap50 < RANDOM_AP50 or part.prefix.startswith("head"):
+                check_part(part, own, other.losses)
         _LOG.warning(
-            "The teacher is weak: AP %.1f, AP50 %.1f on these images; a student will hardly benefit. None of the usual "
+            "The teacher is weak: AP50 %.1f, AP %.1f on these images; a student will hardly benefit. None of the usual "
             "causes restores it; tried: %s.",
-            *(configured.ap, configured.ap50),
+            *(configured.ap50, configured.ap),
             ", ".join(way.variant.label for way in ways[1:]),
         )
 
 
 def check_part(part: Part, losses: Tensor, others: Tensor) -> None:
     """Raises D2kdError if a teacher's losses (N,) are not clearly below those with a part of its weights shuffled."""
-    if not clearly_lower(losses, others):
+    if not clearly_lower(losses, others, part.below):
         raise D2kdError(
             f"the teacher detects no better (loss {losses.mean():.3f}) than with {part.name} shuffled "
             f"({others.mean():.3f}), as if these were random: set {key('MODEL.DISTILL.TEACHER.WEIGHTS')} to the file "
@@ -219,11 +229,11 @@ def check_part(part: Part, losses: Tensor, others: Tensor) -> None:
         )
 
 
-def clearly_lower(losses: Tensor, others: Tensor) -> bool:
-    """Whether losses (N,) are on average clearly below others, and lower on most images."""
+def clearly_lower(losses: Tensor, others: Tensor, below: float = CLEARLY_LOWER) -> bool:
+    """Whether losses (N,) are on average below a fraction of others, and lower on most images."""
     differ = (losses - others).abs() > 1e-3 * others
     agree = (losses < others)[differ].float().mean()
-    return bool(losses.mean() < CLEARLY_LOWER * others.mean() and agree >= MOST_IMAGES)
+    return bool(losses.mean() < below * others.mean() and agree >= MOST_IMAGES)
 
 
 def shared_classes(model: DistillMetaArch, teacher: Teacher) -> Tuple[List[int], List[int]]:

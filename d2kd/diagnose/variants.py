@@ -124,7 +124,7 @@ def norm_variants(sample: Sample, teacher: Teacher) -> List[Variant]:
             changed.detector.backbone(images.tensor)
     changed.network.eval()
     diagnosis = (
-        "the statistics of the teacher's BatchNorms do not fit its weights, as if they had been reset: set "
+        "the teacher's BatchNorm statistics do not fit its weights, as if they had been reset: set "
         f"{key('MODEL.DISTILL.TEACHER.WEIGHTS')} to a file that holds running_mean and running_var of its training"
     )
     return [Variant("BatchNorm statistics of these images", diagnosis, changed)]
