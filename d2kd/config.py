@@ -47,6 +47,9 @@ def _new_keys() -> CfgNode:
     # Decay of an exponential moving average of the weights, which is evaluated too and saved as model_ema_final.pth;
     # 0 for none. LazyConfig: train.ema_decay.
     new.SOLVER.EMA_DECAY = 0.0
+    # Micro-batches of each process, whose gradients are accumulated before the optimizer's step: k of them are as good
+    # as k processes. IMS_PER_BATCH stays the number of images of a step. LazyConfig: train.accumulate.
+    new.SOLVER.ACCUMULATE = 1
     # Whether training replaces images that cannot be read by others. LazyConfig: train.skip_bad_images.
     new.DATALOADER.SKIP_BAD_IMAGES = False
     # With SOLVER.AMP.ENABLED: float16 or bfloat16; always bfloat16 on the CPU. LazyConfig: train.amp.dtype.

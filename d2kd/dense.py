@@ -16,10 +16,12 @@ from torch import Tensor
 
 from .contract import Dense, Features, Network, Pyramid, level_names, level_strides
 from .heads import Cut, tap_modules, tap_towers
+from .modeling.anchors import make_anchors
 from .modeling.boxes import decode_boxes
 from .workers import mean_over_workers
 
 T = TypeVar("T")
+_BOXES_AND_CLASSES = ("gt_boxes", "gt_classes")
 
 
 @dataclass
@@ -70,7 +72,7 @@ class DenseOutputs:
     @cached_property
     def anchors_per_level(self) -> List[Boxes]:
         """Anchors of each level, XYXY in pixels."""
-        return self.detector.anchor_generator(self.features)
+        return make_anchors(self.detector.anchor_generator, self.features)
 
     @cached_property
     def anchors(self) -> Tensor:
@@ -257,12 +259,39 @@ def make_targets(
 def anchors_inside(outputs: DenseOutputs, images: ImageList) -> Tensor:
     """Marks the anchors of each image that start inside its own padded shape, (N, R) bool."""
     divisor = max(outputs.detector.backbone.size_divisibility, 1)
+    device = outputs.features[0].device
     padded = torch.tensor([[-(-side // divisor) * divisor for side in size] for size in images.image_sizes])
+    padded = padded.to(device, non_blocking=True)
     inside = []
     for feature, stride, anchors in zip(outputs.features, level_strides(outputs.detector), outputs.anchors_per_level):
         height, width = feature.shape[-2:]
-        rows = torch.arange(height) * stride < padded[:, :1]
-        columns = torch.arange(width) * stride < padded[:, 1:]
+        rows = torch.arange(height, device=device) * stride < padded[:, :1]
+        columns = torch.arange(width, device=device) * stride < padded[:, 1:]
         grid = (rows[:, :, None] & columns[:, None, :]).flatten(1)  # (N, Hi*Wi)
         inside.append(grid.repeat_interleave(len(anchors) // grid.shape[1], dim=1))
-    return torch.cat(inside, dim=1).to(outputs.features[0].device, non_blocking=True)
+    return torch.cat(inside, dim=1)
+
+
+def upload(batched_inputs: List[Dict[str, Any]], device: torch.device) -> List[Dict[str, Any]]:
+    """Moves images and annotations to a device, without waiting for it.
+
+    Args:
+        batched_inputs: as :class:`DatasetMapper` returns them; not changed.
+        device: of the detectors.
+    """
+    return [
+        {**x, "image": _to_device(x["image"], device), "instances": _instances_to(x["instances"], device)}
+        for x in batched_inputs
+    ]
+
+
+def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    pinned = tensor.pin_memory() if device.type == "cuda" and tensor.device.type == "cpu" else tensor
+    return pinned.to(device, non_blocking=True)
+
+
+def _instances_to(instances: Instances, device: torch.device) -> Instances:
+    """The same as ``instances.to(device)``, whose boxes would wait."""
+    moved = {name: value.to(device) for name, value in instances.get_fields().items() if name not in _BOXES_AND_CLASSES}
+    boxes, classes = (_to_device(x, device) for x in (instances.gt_boxes.tensor, instances.gt_classes))
+    return Instances(instances.image_size, **moved, gt_boxes=Boxes(boxes), gt_classes=classes)

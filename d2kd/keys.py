@@ -41,6 +41,7 @@ LAZY: Dict[str, str] = {
     "MODEL.TIMM.NAME": "model.backbone.bottom_up.name",
     "MODEL.TIMM.PRETRAINED": "model.backbone.bottom_up.pretrained",
     "MODEL.RESNETS.OUT_FEATURES": "model.backbone.bottom_up.out_features",
+    "SOLVER.ACCUMULATE": "train.accumulate",
     "SOLVER.AMP.ENABLED": "train.amp.enabled",
     "SOLVER.AMP.DTYPE": "train.amp.dtype",
     "SOLVER.BASE_LR": "optimizer.lr",

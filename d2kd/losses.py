@@ -108,8 +108,16 @@ def quality_focal_loss(logits: Tensor, labels: Tensor, scores: Tensor, beta: flo
     Returns:
         (M,), summed over the classes.
     """
-    one_hot = F.one_hot(labels, logits.shape[1] + 1)[:, :-1]
-    return _modulated_bce(logits.float(), one_hot * scores.detach().float()[:, None], beta).sum(1)
+    targets = one_hot(labels, logits.shape[1]) * scores.detach().float()[:, None]
+    return _modulated_bce(logits.float(), targets, beta).sum(1)
+
+
+def one_hot(labels: Tensor, num_classes: int) -> Tensor:
+    """Marks the class of each label (...), as (..., num_classes) bool; other labels, such as background, have none.
+
+    PyTorch's own checks the range of labels, for which it waits, and returns eight bytes for each element.
+    """
+    return labels.unsqueeze(-1) == torch.arange(num_classes, device=labels.device)
 
 
 def distribution_focal_loss(logits: Tensor, target: Tensor) -> Tensor:

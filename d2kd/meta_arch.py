@@ -16,13 +16,12 @@ from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, RetinaNet
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import Boxes, ImageList, Instances
-from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, get_event_storage, has_event_storage
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .contract import AnchorGenerator, BoxCoder, channel_order, check_contract, num_classes
-from .dense import DenseOutputs, Targets, evaluation_mode, make_targets, run_dense
+from .dense import DenseOutputs, Targets, evaluation_mode, make_targets, run_dense, upload
 from .diagnose.gradients import GRADIENT, gradient_ratios
 from .errors import D2kdError, nearest
 from .heads import Cut
@@ -60,7 +59,7 @@ from .pairing import (
 )
 from .teacher import Teacher, load_teacher
 from .wiring import check_wiring
-from .workers import at_least_one, mean_over_workers
+from .workers import at_least_one, mean_over_workers, num_workers
 
 
 @dataclass
@@ -179,6 +178,7 @@ class DistillMetaArch(_Student):
         self.level_pairs: List[LevelPair] = []
         #: Indices of the shared classes in student and teacher; None if their classes are the same.
         self.shared_classes: Optional[Tuple[List[int], List[int]]] = None
+        self._class_tensors: Optional[List[Tensor]] = None
         self._loss_names: Dict[str, List[str]] = {}  # of methods that end
         self._not_inherited: Optional[D2kdError] = None
         if methods or inherit:
@@ -367,6 +367,7 @@ class DistillMetaArch(_Student):
         """
         if "instances" not in batched_inputs[0]:
             raise D2kdError("the training images carry no annotations ('instances')")
+        batched_inputs = upload(batched_inputs, self.device)  # once for both detectors
         methods = list(self.active_methods().values())
         images = self.preprocess_image(batched_inputs)
         teacher = self.run_teacher(batched_inputs, tuple(images.tensor.shape[-2:]))
@@ -376,7 +377,7 @@ class DistillMetaArch(_Student):
             self._match(student, teacher)
             if not _resizes(methods):
                 check_sizes(student, teacher)
-        instances = [x["instances"].to(self.device) for x in batched_inputs]
+        instances = [x["instances"] for x in batched_inputs]
         assigned = self.label_anchors(student.anchors_per_level, instances)
         return Observation(images, student, teacher, make_targets(student, images, instances, *assigned))
 
@@ -401,8 +402,10 @@ class DistillMetaArch(_Student):
         """Says in both outputs which levels and classes are compared."""
         select_levels(student, teacher, self.level_pairs)
         if self.shared_classes is not None:
-            for outputs, classes in zip((student, teacher), self.shared_classes):
-                outputs.classes = torch.tensor(classes, dtype=torch.long, device=self.device)
+            if self._class_tensors is None or self._class_tensors[0].device != self.device:
+                self._class_tensors = [torch.tensor(x, device=self.device).long() for x in self.shared_classes]
+            for outputs, classes in zip((student, teacher), self._class_tensors):
+                outputs.classes = classes
 
     def losses_of(self, observation: Observation) -> Dict[str, Tensor]:
         """The student's own losses and those of the methods, scalars.
@@ -415,7 +418,7 @@ class DistillMetaArch(_Student):
         losses = self.losses(student.anchors_per_level, logits, labels, deltas, boxes, *rest)
         for name, method in zip(self.distill, self.methods):
             losses.update(self._method_losses(name, method, observation))
-        if self.gradient_period and get_event_storage().iter % self.gradient_period == 0:
+        if self.gradient_period and torch.is_grad_enabled() and get_event_storage().iter % self.gradient_period == 0:
             ratios = gradient_ratios(losses, list(self.distill), student.features)
             get_event_storage().put_scalars(smoothing_hint=False, **{GRADIENT + k: v for k, v in ratios.items()})
         return losses
@@ -463,10 +466,10 @@ class DistillMetaArch(_Student):
         self._num_pos = ((labels >= 0) & (labels < self.num_classes)).sum().float()
         return super().losses(anchors, pred_logits, gt_labels, *rest)
 
-    def _ema_update(self, name: str, value: float, initial_value: float, momentum: float = 0.9) -> float:
+    def _ema_update(self, name: str, value: Any, initial_value: float, momentum: float = 0.9) -> Any:
         if self.sync_normalizer:  # average the counts, not the values: these are 1 for a worker without positives too
-            value = at_least_one(mean_over_workers(self._num_pos)).item()
-            initial_value /= comm.get_world_size()
+            value = at_least_one(mean_over_workers(self._num_pos)).double()  # not .item(), which waits
+            initial_value /= num_workers()
         return super()._ema_update(name, value, initial_value, momentum)
 
 

@@ -184,6 +184,7 @@ RANGES: Dict[str, Tuple[Test, str]] = {
     # solver
     "SOLVER.MAX_ITER": (is_count, "1 or more"),
     "SOLVER.IMS_PER_BATCH": (is_count, "1 or more"),
+    "SOLVER.ACCUMULATE": (is_count, "1 or more micro-batches"),
     "SOLVER.BASE_LR": (_positive, "above 0"),
     "SOLVER.BASE_LR_END": (_not_negative, "0 or more"),
     "SOLVER.BIAS_LR_FACTOR optimizer.params.bias_lr_factor": (_not_negative, "0 or more"),

@@ -110,7 +110,7 @@ def fits(value: Any, annotation: Any) -> bool:
 
 
 def _elements_fit(values: Any, origin: Any, args: Any) -> bool:
-    if origin is not tuple or Ellipsis in args or not args:
+    if origin is not tuple or Ellipsis in args or len(args) < 2:  # detectron2 writes Tuple[int] for any length
         return all(fits(value, args[0]) for value in values if args)
     return len(values) == len(args) and all(map(fits, values, args))
 

@@ -41,8 +41,13 @@ def _write(run: Path, cfg: CfgNode, data: Path, kind: str, seed: int) -> None:
     results.mkdir(parents=True)
     (run / "config.yaml").write_text(cfg.dump())
     (run / "run.json").write_text(json.dumps(flatten(cfg)))
-    (run / "commands.txt").write_text(f"2026-01-01 12:00:00 python train_net.py --config-file configs/{kind}.yaml\n")
-    torch.save({"model": build(cfg, seed).state_dict()}, run / "model_final.pth")
+    (run / "commands.txt").write_text(
+        f"cd /d2kd && python train_net.py --config-file configs/{kind}.yaml  # 2026-01-01 12:00:00\n"
+    )
+    model = build(cfg, seed)
+    with torch.no_grad():  # away from the prior, so that scores differ from place to place
+        model.head.cls_score.weight.normal_(std=0.3)
+    torch.save({"model": model.state_dict()}, run / "model_final.pth")
     rng = np.random.default_rng([seed, len(kind)])
     (run / "metrics.json").write_text("".join(json.dumps(record) + "\n" for record in _metrics(kind, rng)))
     (results / "coco_instances_results.json").write_text(json.dumps(_detections(data, rng)))

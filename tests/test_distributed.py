@@ -11,6 +11,7 @@ from typing import Any, Dict, NamedTuple, Sequence
 
 import pytest
 import torch
+from detectron2.engine import HookBase, SimpleTrainer
 from messages import rows_of
 from small import CONFIGS, batch, build, distill_config, save_teacher, step
 from torch import distributed
@@ -21,12 +22,14 @@ from torch.utils._pytree import tree_leaves
 from d2kd.checkpoint import files
 from d2kd.checkpoint.run_checkpoints import checkpoints_in
 from d2kd.engine import launch
+from d2kd.engine.accumulate import accumulate, normalizers_of
 from d2kd.engine.devices import wrap_ddp
+from d2kd.engine.hooks import Reproducible
 from d2kd.engine.precision import Autocast
 from d2kd.methods import method_defaults, method_names
 
 ROOT = CONFIGS.parent
-STEPS, RATE = 2, 3e-4
+STEPS, RATE, SEED = 2, 3e-4, 3
 # Of 2 processes and of 3, the last has images without ground truth only.
 BOXES = (2, 3, 2, 0, 0, 0)
 DETECTORS = ("GFL", "RetinaNet", "FCOS", "ATSS")
@@ -61,6 +64,19 @@ CASES["FitNet, background"] = Case("GFL", "FitNet", {"region": "boxes", "backgro
 CASES["FitNet, finegrained, adapters"] = Case("GFL", "FitNet", {"region": "finegrained"}, teacher_opts=WIDER)
 CASES["FitNet, gibox"] = Case("GFL", "FitNet", {"region": "gibox"})
 CASES["CrossKD, adapters"] = Case("GFL", "CrossKD", teacher_opts=(*WIDER, "MODEL.GFL.NUM_CONVS", "3"))
+# With micro-batches: each kind of average, of normalizer and of random number.
+ACCUMULATED = {
+    "plain RetinaNet": Case("RetinaNet", ""),
+    "RetinaNet": Case("RetinaNet", "CrossKD"),
+    "RetinaNet, synced": Case("RetinaNet", "ResponseKD"),
+    "GFL": Case("GFL", "CrossKD", teacher_opts=WIDER),
+    "FCOS": Case("FCOS", "CrossKD"),
+    "FCOS as published": PUBLISHED,
+    "MGD": Case("GFL", "MGD", {"weight": 1e-3}),
+    "LD": CASES["LD on GFL"],
+}
+# As 2 workers, which are 2 processes or 2 micro-batches of one; and as 6 workers.
+ACCUMULATED_RUNS = [(2, name) for name in ACCUMULATED] + [(6, "RetinaNet"), (6, "GFL")]
 # All-reduces of one number that methods without adapters add to a step of GFL: N+; and the sum of confidences by which
 # distributions of boxes are divided.
 REDUCED = {"CWD": 1, "FitNet": 1, "LD": 1, "PKD": 1, "CrossKD": 2, "ResponseKD": 2}
@@ -74,9 +90,13 @@ def teacher_options(case):
     return ["MODEL.META_ARCHITECTURE", case.detector, *case.teacher_opts]
 
 
+def options_of(method):
+    return method_defaults(method) if method else {}
+
+
 def student(folder, case, methods, synced):
     """A new student with a teacher of its own kind."""
-    options = {**case.options, **({"sync": True} if synced and "sync" in method_defaults(case.method) else {})}
+    options = {**case.options, **({"sync": True} if synced and "sync" in options_of(case.method) else {})}
     opts = [x for key, value in options.items() for x in (f"MODEL.DISTILL.{case.method.upper()}.{key.upper()}", value)]
     opts += ["MODEL.META_ARCHITECTURE", f"Distill{case.detector}", "MODEL.DISTILL.SYNC_NORMALIZER", synced, *case.opts]
     return build(distill_config(teacher_path(folder, case), *opts, methods=methods, teacher_opts=teacher_options(case)))
@@ -120,6 +140,30 @@ def train(model, inputs, bfloat16=False):
     }
 
 
+class Logged(HookBase):
+    """Keeps what the first process logs of each step's losses."""
+
+    def __init__(self):
+        self.steps = []
+
+    def after_step(self):
+        self.steps.append({key: value for key, (value, _) in self.trainer.storage.latest().items() if "loss" in key})
+
+
+def train_accumulating(model, inputs, count):
+    """Logged losses and weights after steps of so many micro-batches."""
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.9)
+    trainer = SimpleTrainer(wrap_ddp(model, broadcast_buffers=False), [inputs] * STEPS, optimizer)
+    if count > 1:
+        accumulate(trainer, count, SEED)
+    logged = Logged()
+    trainer.register_hooks([Reproducible([], SEED), logged])
+    trainer.train(0, STEPS)
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    return {"losses": logged.steps, "start": start, "weights": weights, "normalizers": normalizers_of(trainer.model)}
+
+
 def images(boxes):
     """Of one size, so that padding does not depend on the number of processes."""
     return batch([(96, 128)] * len(boxes), boxes)
@@ -148,6 +192,11 @@ def work(rank, folder):
         }
         case = CASES["CrossKD on GFL"]
         found["bfloat16"] = train(student(folder, case, [case.method], True), images(BOXES)[own], bfloat16=True)
+        for total, name in ACCUMULATED_RUNS if workers < 3 else ():
+            case = ACCUMULATED[name]
+            model = student(folder, case, [case.method] if case.method else [], name.endswith("synced"))
+            inputs = images(BOXES)[place::workers] if total == 6 else images(BOXES)[own]
+            found[total, name] = train_accumulating(model, inputs, total // workers)
         if workers == 2:
             found["plain"] = train(student(folder, case, [], False), images(BOXES)[own])
             found.update(
@@ -162,7 +211,8 @@ def work(rank, folder):
 def runs(tmp_path_factory):
     """By number of processes, what each of them found."""
     folder = tmp_path_factory.mktemp("runs")
-    for path, options in {(teacher_path(folder, case), tuple(teacher_options(case))) for case in CASES.values()}:
+    cases = (*CASES.values(), *ACCUMULATED.values())
+    for path, options in {(teacher_path(folder, case), tuple(teacher_options(case))) for case in cases}:
         save_teacher(path, *options)
     spawn(work, (folder,), nprocs=3)
     return {
@@ -185,6 +235,21 @@ def test_any_number_of_processes_gives_the_same(runs, case):
             torch.testing.assert_close(ranks[0]["weights"][name], weight, rtol=0, atol=1e-6)
     moved = max((weight - one["start"][name]).abs().max() for name, weight in one["weights"].items())
     assert moved > 5e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", ACCUMULATED_RUNS, ids=str)
+def test_micro_batches_are_as_good_as_processes(runs, run):
+    """What is logged, weights and running normalizers; with options as published, and random masks."""
+    one, two = ([rank[run] for rank in runs[processes]] for processes in (1, 2))
+    assert one[0]["losses"]
+    for losses, expected in zip(one[0]["losses"], two[0]["losses"]):
+        assert losses == pytest.approx(expected, rel=1e-6, abs=0)
+    for name, weight in one[0]["weights"].items():
+        torch.testing.assert_close(weight, two[0]["weights"][name], rtol=0, atol=1e-6)
+    normalizers = [value for micro_batch in zip(*(rank["normalizers"] for rank in two)) for value in micro_batch]
+    assert normalizers == one[0]["normalizers"]
+    assert max((weight - one[0]["start"][name]).abs().max() for name, weight in one[0]["weights"].items()) > 1e-5
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Nodes of LazyConfigs, checked by the signatures of what they call."""
 
 import re
+from typing import Tuple
 
 import pytest
 from detectron2.config import LazyCall as L
@@ -110,6 +111,7 @@ def test_arguments_include_those_that_a_base_takes_but_not_what_the_class_gives_
         (1.0, int, False),
         (None, int, False),
         ((1, 2), tuple, True),
+        ((1, 2), Tuple[int], True),
         ("ab", list, False),
         ({"_target_": "x"}, int, True),
         ({}, nn.Module, False),

@@ -6,10 +6,13 @@ import pytest
 import torch
 from detectron2 import model_zoo
 from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
 from small import CONFIGS, batch, build, distill_config, gradients, save_teacher, step
 
 from d2kd.config import load_config
 from d2kd.diagnose.dry_run import dry_run
+from d2kd.diagnose.preflight import judge, look
+from d2kd.diagnose.sample import Sample, at_scale, average_precision
 from d2kd.errors import D2kdError
 from d2kd.levels import LevelPair, pair_levels
 from d2kd.methods import PKD, FitNet
@@ -264,3 +267,71 @@ def test_pairs_by_stride_by_hand():
     assert pair_levels(student, teacher) == [LevelPair(0, 1, 1.0), LevelPair(2, 2, 1.0)]
     assert pair_levels(student, teacher, scale=0.5) == [LevelPair(0, 0, 1.0), LevelPair(1, 1, 1.0)]
     assert pair_levels(student, Pyramid(p1=2)) == []
+
+
+# The pre-flight
+
+
+class Finder(torch.nn.Module):
+    """Stands for a trained R-CNN: finds the boxes of images as it was trained on, if its weights are in order."""
+
+    num_classes = 3
+
+    def __init__(self, images):
+        super().__init__()
+        self.backbone = torch.nn.Linear(16, 1, bias=False)
+        self.backbone.weight.data = torch.arange(16.0)[None]
+        self.register_buffer("pixel_mean", torch.tensor([103.53, 116.28, 123.675]).view(-1, 1, 1))
+        self.register_buffer("pixel_std", torch.ones(3, 1, 1))
+        self.known = [(self.look(x["image"]), x["instances"]) for x in images]
+
+    def look(self, image):
+        return ((image - self.pixel_mean) / self.pixel_std).mean((1, 2))
+
+    def forward(self, inputs):
+        seen = self.look(inputs[0]["image"])
+        truth = next((truth for look, truth in self.known if torch.allclose(look, seen)), None)
+        found = Instances(tuple(inputs[0]["image"].shape[-2:]))
+        is_sound = truth is not None and torch.equal(self.backbone.weight.data, torch.arange(16.0)[None])
+        found.pred_boxes = truth.gt_boxes if is_sound else Boxes(torch.tensor([[0.0, 0.0, 2.0, 2.0]]))
+        found.pred_classes = (truth.gt_classes if is_sound else torch.zeros(1, dtype=torch.long)) + 0
+        found.scores = torch.ones(len(found.pred_classes))
+        return [{"instances": found}]
+
+
+@pytest.mark.parametrize(
+    ("input_format", "std", "change", "message"),
+    [
+        ("BGR", 1.0, 0.0, None),
+        ("RGB", 1.0, 0.0, "expect BGR and gets RGB"),
+        ("BGR", 57.0, 0.0, r"expect pixels of another scale: .*MODEL.PIXEL_STD \[1.0, 1.0, 1.0\]"),
+        ("BGR", 1.0, 1.0, "no better .* with all weights shuffled"),
+    ],
+    ids=["sound", "RGB", "scale", "random"],
+)
+def test_the_preflight_judges_detections(input_format, std, change, message):
+    images = batch(sizes=[(96, 128), (80, 112), (64, 64)])
+    for i, image in enumerate(images):  # in other colors each, and not the same in all channels
+        image["image"] = (image["image"] // 2 + torch.tensor([10, 60, 100]).view(-1, 1, 1) + 5 * i).to(torch.uint8)
+    detector = Finder(images)
+    detector.pixel_std *= std
+    detector.backbone.weight.data += change
+    teacher = Teacher(detector, input_format)
+    sample = Sample(images, "BGR", range(3), range(3))
+    best, losses = look(sample, teacher)
+    is_weak = average_precision(sample, teacher)[1] < 10
+    assert is_weak == (message is not None)
+    if message is None:
+        assert losses["as configured"].tolist() == pytest.approx([0, 0, 0], abs=1e-6)
+        judge(best, losses, is_weak, class_is_read=False)
+    else:
+        with pytest.raises(D2kdError, match=message):
+            judge(best, losses, is_weak, class_is_read=False)
+
+
+def test_the_preflight_sees_images_at_the_teachers_scale():
+    images = batch(sizes=[(96, 128)])
+    (seen,) = at_scale(images, 2.0)
+    assert seen["image"].shape == (3, 192, 256)
+    assert seen["instances"].image_size == (192, 256)
+    assert torch.equal(seen["instances"].gt_boxes.tensor, 2 * images[0]["instances"].gt_boxes.tensor)

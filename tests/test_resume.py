@@ -59,6 +59,7 @@ CASES = {
     ),
     "FCOS": ({}, ["MODEL.META_ARCHITECTURE", "FCOS", "MODEL.DISTILL.METHODS", "()"]),
     "LazyConfig": ({"make": lazy_command}, ["train.ema_decay=0.9"]),
+    "accumulation": ({}, ["SOLVER.ACCUMULATE", "2"]),
     "mixed precision, EMA": ({}, ["SOLVER.AMP.ENABLED", "True", "SOLVER.EMA_DECAY", "0.9"]),
 }
 

@@ -42,7 +42,10 @@ def main() -> int:
 
     from d2kd.data.own import prepare_own_data
     from d2kd.errors import exit_status
+    from d2kd.quiet import quiet_known_warnings
     from d2kd.report import find_runs, write_report
+
+    quiet_known_warnings()
 
     def write() -> None:
         output = Path(args.output)

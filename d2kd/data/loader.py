@@ -83,46 +83,70 @@ class SeededDataset(Dataset):
 class ResumableBatches(Sampler):
     """Batches of (index, position) of this process, starting at any iteration.
 
+    A batch is that of its micro-batches, one after the other. Each of these is the batch that one of as many processes
+    would get: it takes its share of this process's stream.
+
     Args:
         sampler: an endless stream of indices.
-        groups: the group of each index; a batch holds indices of one group.
-        batch_size: number of images in a batch.
+        groups: the group of each index; a micro-batch holds indices of one group.
+        batch_size: number of images in a micro-batch.
+        accumulate: number of micro-batches.
     """
 
-    def __init__(self, sampler: Sampler, groups: Sequence[int], batch_size: int) -> None:
+    def __init__(self, sampler: Sampler, groups: Sequence[int], batch_size: int, accumulate: int = 1) -> None:
         self.sampler = sampler
         self.groups = groups
         self.batch_size = batch_size
+        self.accumulate = accumulate
         #: Iteration of the first batch. Set it before iterating.
         self.start = 0
 
     def __iter__(self) -> Iterator[List[Tuple[int, int]]]:
-        # Created here because it keeps indices that do not fill a batch yet. Skipping reads indices, not images.
-        batches = enumerate(GroupedBatchSampler(self.sampler, self.groups, self.batch_size))
-        rank, workers = comm.get_rank(), comm.get_world_size()
-        for iteration, batch in itertools.islice(batches, self.start, None):
-            drawn = itertools.count(iteration * self.batch_size)
-            # The position in the stream of all processes, so that augmentation does not depend on their number.
-            yield [(index, next(drawn) * workers + rank) for index in batch]
+        shares = [_Share(x, i, self.accumulate) for i, x in enumerate(itertools.tee(self.sampler, self.accumulate))]
+        # Created here because they keep indices that do not fill a batch yet. Skipping reads indices, not images.
+        batches = enumerate(zip(*(GroupedBatchSampler(share, self.groups, self.batch_size) for share in shares)))
+        for iteration, parts in itertools.islice(batches, self.start, None):
+            yield [place for i, part in enumerate(parts) for place in self._places(part, iteration, i)]
+
+    def _places(self, batch: List[int], iteration: int, micro_batch: int) -> Iterator[Tuple[int, int]]:
+        """Adds the positions in the stream of all processes, so that augmentation does not depend on their number."""
+        processes = comm.get_world_size()
+        worker, workers = micro_batch * processes + comm.get_rank(), self.accumulate * processes
+        for drawn, index in enumerate(batch, iteration * self.batch_size):
+            yield index, drawn * workers + worker
+
+
+class _Share(Sampler):
+    """One of a number of equal shares of a stream of indices: every so many-th."""
+
+    def __init__(self, stream: Iterator[int], first: int, number: int) -> None:
+        self._stream, self._first, self._number = stream, first, number
+
+    def __iter__(self) -> Iterator[int]:
+        return itertools.islice(self._stream, self._first, None, self._number)
 
 
 def _from_config(cfg: CfgNode, **kwargs: Any) -> Dict[str, Any]:
-    own = {"seed": cfg.SEED, "skip_bad_images": cfg.DATALOADER.SKIP_BAD_IMAGES}
+    own = {
+        **{"seed": cfg.SEED, "skip_bad_images": cfg.DATALOADER.SKIP_BAD_IMAGES},
+        "accumulate": cfg.SOLVER.ACCUMULATE,
+    }
     return {**train_loader_from_config(cfg, **kwargs), **own}
 
 
-def images_per_process(total_batch_size: int, processes: int) -> int:
-    """Returns the number of images of a batch that each process trains on.
+def images_per_worker(total_batch_size: int, processes: int, accumulate: int = 1) -> int:
+    """Returns the number of images of a batch that each micro-batch of each process has.
 
     Raises:
-        D2kdError: the batch cannot be divided by the number of processes.
+        D2kdError: the batch cannot be divided by the number of processes and micro-batches.
     """
-    if total_batch_size < 1 or total_batch_size % processes:
+    if total_batch_size < 1 or total_batch_size % (processes * accumulate):
+        micro_batches = f" with {accumulate} micro-batches each ({key('SOLVER.ACCUMULATE')})" if accumulate > 1 else ""
         raise D2kdError(
-            f"a batch of {total_batch_size} images cannot be divided by {processes} processes; set "
+            f"a batch of {total_batch_size} images cannot be divided by {processes} processes{micro_batches}; set "
             f"{key('SOLVER.IMS_PER_BATCH')} to a multiple"
         )
-    return total_batch_size // processes
+    return total_batch_size // (processes * accumulate)
 
 
 @configurable(from_config=_from_config)
@@ -137,6 +161,7 @@ def build_train_loader(
     collate_fn: Optional[Callable[[List[Any]], Any]] = None,
     seed: int = 0,
     skip_bad_images: bool = False,
+    accumulate: int = 1,
     **kwargs: Any,
 ) -> DataLoader:
     """Builds a loader like :func:`detectron2.data.build_detection_train_loader`, whose stream can be resumed.
@@ -149,6 +174,7 @@ def build_train_loader(
         mapper: maps a dataset dict to a sample.
         sampler: an endless stream of indices; by default detectron2's :class:`TrainingSampler`.
         total_batch_size: images of a batch over all processes.
+        accumulate: micro-batches into which each process divides its part; each has images of one group.
         aspect_ratio_grouping: whether the images of a batch are either all wider than high or all not.
         num_workers: number of loading processes.
         collate_fn: makes a batch from a list of samples; by default the list itself.
@@ -159,7 +185,7 @@ def build_train_loader(
     Raises:
         D2kdError: the batch cannot be divided by the number of processes.
     """
-    batch_size = images_per_process(total_batch_size, comm.get_world_size())
+    batch_size = images_per_worker(total_batch_size, comm.get_world_size(), accumulate)
     if isinstance(dataset, IterableDataset):
         return build_detection_train_loader(
             dataset,
@@ -176,7 +202,7 @@ def build_train_loader(
     samples = DatasetFromList(dataset, copy=False) if isinstance(dataset, list) else dataset
     return DataLoader(
         SeededDataset(samples, mapper, seed, skip_bad_images),
-        batch_sampler=ResumableBatches(sampler, groups, batch_size),
+        batch_sampler=ResumableBatches(sampler, groups, batch_size, accumulate),
         num_workers=num_workers,
         collate_fn=collate_fn or trivial_batch_collator,
         worker_init_fn=_ignore_sigterm_of_others,

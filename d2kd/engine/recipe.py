@@ -45,6 +45,7 @@ class RunOptions:
         log_period: iterations between lines of the log.
         checkpoint_period: iterations between checkpoints.
         max_to_keep: how many of these stay; None for all.
+        accumulate: micro-batches of a step.
         ema_decay: of the average of weights, 0 for none.
         amp: whether to train in mixed precision.
         amp_dtype: "float16" or "bfloat16".
@@ -60,6 +61,7 @@ class RunOptions:
     max_iter: int = option("SOLVER.MAX_ITER")
     eval_period: int = option("TEST.EVAL_PERIOD")
     checkpoint_period: int = option("SOLVER.CHECKPOINT_PERIOD")
+    accumulate: int = option("SOLVER.ACCUMULATE")
     ema_decay: float = option("SOLVER.EMA_DECAY")
     amp: bool = option("SOLVER.AMP.ENABLED")
     amp_dtype: str = option("SOLVER.AMP.DTYPE")

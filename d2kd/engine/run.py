@@ -6,6 +6,7 @@ from ..checkpoint import load_strict
 from ..checkpoint.run_checkpoints import RunCheckpointer
 from ..diagnose.dry_run import dry_run as describe
 from ..errors import D2kdError
+from .accumulate import micro_batches
 from .recipe import Recipe
 from .trainer import Trainer
 from .values import warn_of_learning_rate
@@ -62,4 +63,5 @@ def dry_run(recipe: Recipe, trainer: Type[Trainer] = Trainer) -> str:
     recipe = recipe.with_seed(0)
     model = trainer.build_model(recipe.config)
     RunCheckpointer(model, save_to_disk=False).load(recipe.options.weights)
-    return describe(model.train(), next(iter(trainer.build_train_loader(recipe.config))))
+    batch = next(iter(trainer.build_train_loader(recipe.config)))
+    return describe(model.train(), micro_batches(batch, recipe.options.accumulate)[0])

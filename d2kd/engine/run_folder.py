@@ -105,7 +105,8 @@ class RunFolder:
                 files.write_text(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
         commands = os.path.join(self.path, "commands.txt")
         with report_write_errors(commands), open(commands, "a", encoding="utf-8") as file:
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(['python', *sys.argv])}\n")
+            command = f"cd {shlex.quote(os.getcwd())} && {shlex.join(['python', *sys.argv])}"
+            file.write(f"{command}  # {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
 
     @property
     def _config_file(self) -> str:

@@ -23,6 +23,7 @@ from ..checkpoint.run_checkpoints import RunCheckpointer
 from ..data.bad_images import BadImages
 from ..diagnose.preflight import check_teacher
 from ..errors import known_mistakes
+from .accumulate import accumulate
 from .devices import wrap_ddp
 from .hooks import EMA, Evaluation, Reproducible, Saving, Watch
 from .precision import amp_trainer
@@ -58,6 +59,8 @@ class Trainer(DefaultTrainer):
             if options.amp
             else SimpleTrainer(model, loader, optimizer)
         )
+        if options.accumulate > 1:
+            accumulate(self._trainer, options.accumulate, options.seed)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = RunCheckpointer(model, options.output_dir, trainer=weakref.proxy(self))
         self.start_iter = 0

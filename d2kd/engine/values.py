@@ -4,7 +4,7 @@ import logging
 import os
 from typing import Sequence, Tuple
 
-from ..data.loader import images_per_process
+from ..data.loader import images_per_worker
 from ..errors import D2kdError
 from ..ranges import is_count, is_number
 from ..relations import check_config
@@ -20,7 +20,7 @@ def check_batch(recipe: Recipe, processes: int) -> None:
     """Raises D2kdError if a batch cannot be divided by the number of processes."""
     batch = recipe.for_workers(processes).get("SOLVER.IMS_PER_BATCH")
     if batch:  # a LazyConfig's own loader may have none
-        images_per_process(batch, processes)
+        images_per_worker(batch, processes, recipe.options.accumulate)
 
 
 def check_weights_file(recipe: Recipe) -> None:

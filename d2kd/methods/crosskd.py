@@ -95,7 +95,9 @@ class CrossKD(ResponseKD):
         towers = zip(self.adapters.values(), student.towers(self.cut), teacher.notes[self._statistics])
         aligned = [self.align([adapter(level) for level in own], theirs) for adapter, own, theirs in towers]
         predictions = cross_head(teacher.detector.head, self.teacher_cut, *aligned)
-        return DenseOutputs(teacher.detector, teacher.features, predictions, classes=teacher.classes)
+        crossed = DenseOutputs(teacher.detector, teacher.features, predictions, classes=teacher.classes)
+        crossed.anchors_per_level = teacher.anchors_per_level  # its maps may be freed
+        return crossed
 
     def note(self, teacher: DenseOutputs) -> None:
         """Notes the statistics of the teacher's channels for each tower and level, all that the alignment reads."""
@@ -119,6 +121,11 @@ def make_adapter(channels: int, teacher_channels: int) -> nn.Module:
     The authors suggest a 1x1 convolution for narrower students (issue 8 of their repository). It stands before the
     alignment, since the statistics that :func:`align_scale` takes over are those of the teacher's channels, and so also
     before the activation. The alignment cancels a bias and the scale of each output channel, so there is no bias.
+
+    It starts orthogonal: all inner products of a narrower student's feature are kept, so that no part of it is faint in
+    the teacher's head at the start, and so in its first gradients. Since scales cancel, draws of independent weights of
+    other sizes differ from each other only in how fast they turn. An identity would leave channels without a deviation
+    to align, and student and teacher have no common order of channels that it could keep.
 
     Args:
         channels: the student's.

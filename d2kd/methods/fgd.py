@@ -189,10 +189,9 @@ def relative_boxes(targets: Targets, unpadded: bool) -> List[Tensor]:
     See the module docstring for ``unpadded``.
     """
     counts = [len(image) for image in targets.instances]
-    image_of = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
     boxes = torch.cat([image.gt_boxes.tensor for image in targets.instances])
-    sizes = torch.tensor([image.image_size[::-1] * 2 for image in targets.instances], dtype=torch.float32)
-    size = sizes[image_of].to(boxes.device, non_blocking=True)  # indexed on the CPU to avoid a GPU sync
+    sizes = [image.image_size[::-1] * 2 for image in targets.instances for _ in range(len(image))]
+    size = torch.tensor(sizes, dtype=torch.float32).view(len(sizes), 4).to(boxes.device, non_blocking=True)
     missed = (boxes[:, 2:] < 0).any(1) | (boxes[:, :2] >= size[:, :2]).any(1)
     boxes = boxes.clamp(min=0)
     if not unpadded:

@@ -105,10 +105,9 @@ class LD(Method):
         )
 
     def _box_loss(self, student: DenseOutputs, teacher: DenseOutputs, weights: Tensor) -> Tensor:
-        used, num_bins = weights > 0, student.num_bins
+        num_bins = student.num_bins
         assert num_bins is not None  # see setup
-        own, theirs = (outputs.box_predictions[used] for outputs in (student, teacher))
-        loss = ld_loss(own, theirs, weights[used], num_bins, self.temperature)
+        loss = ld_loss(student.box_predictions, teacher.box_predictions, weights, num_bins, self.temperature)
         return loss / len(weights) if self.per_image else loss
 
     def _cls_loss(self, student: DenseOutputs, teacher: DenseOutputs, positive: Tensor) -> Tensor:
@@ -118,8 +117,8 @@ class LD(Method):
         for own, theirs, used in zip(
             *(x.split(sizes, dim=1) for x in (student.shared_logits, teacher.shared_logits, positive))
         ):
-            loss = kl_divergence_loss(own[used], theirs[used], self.cls_temperature) / max(own.shape[-1], 1)
-            sums.append(loss.sum())
+            loss = kl_divergence_loss(own, theirs, self.cls_temperature) / max(own.shape[-1], 1)
+            sums.append((loss * used).sum())
         counts = torch.stack([level.sum() for level in positive.split(sizes, dim=1)]).float()
         return (torch.stack(sums) / at_least_one(mean_over_workers(counts))).sum()
 
@@ -130,14 +129,14 @@ def ld_loss(
     """Computes the KL divergence of the sides' distributions, averaged over sides and bins and summed over anchors.
 
     Args:
-        predictions: logits of the student, (P, 4*num_bins).
-        teacher_predictions: logits of the teacher, (P, 4*num_bins); get no gradient.
-        weights: weight of each anchor, (P,).
+        predictions: logits of the student, (..., 4*num_bins).
+        teacher_predictions: logits of the teacher, (..., 4*num_bins); get no gradient.
+        weights: weight of each anchor, (...).
         num_bins: number of distances per side.
         temperature: softens both distributions, > 0; the loss is multiplied by its square.
 
     Returns:
-        (), float32; if P is 0, a 0 that is still connected to the graph.
+        (), float32; without anchors of weight, a 0 that is still connected to the graph.
     """
     own, theirs = (x.unflatten(-1, (4, num_bins)) for x in (predictions, teacher_predictions))
     divergence = kl_divergence_loss(own, theirs, temperature).mean(-1) / num_bins

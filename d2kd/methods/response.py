@@ -9,14 +9,13 @@ from typing import ClassVar, Dict
 
 import torch
 import torch.nn.functional as F
-from detectron2.utils import comm
 from torch import Tensor
 
 from ..dense import DenseOutputs, Targets
 from ..errors import check_choice
 from ..level_losses import kd_quality_focal_sum
 from ..losses import BOX_LOSSES, centerness_targets, kl_divergence_loss
-from ..workers import mean_over_workers
+from ..workers import mean_over_workers, num_workers
 from .base import METHOD_REGISTRY, Method
 
 NORMALIZERS = ("positives", "centerness")
@@ -108,4 +107,4 @@ def centerness_sum(student: DenseOutputs, targets: Targets) -> Tensor:
     """
     centerness = centerness_targets(student.anchors, targets.boxes)
     total = mean_over_workers((centerness * targets.positive).sum())
-    return torch.where(total > 0, total, 1 / comm.get_world_size())
+    return torch.where(total > 0, total, 1 / num_workers())

@@ -6,28 +6,31 @@ import torch
 from detectron2.modeling import Backbone
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.structures import Boxes, ImageList, Instances
-from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
 from ..contract import level_strides
 from ..workers import mean_over_workers
+from .anchors import make_anchors
 from .atss_assign import assign_atss, starts_in_image
 from .one_anchor import OneAnchorDetector, config_options
 
 
-class Positives(NamedTuple):
-    """The P positive anchors of a batch: those labeled with a class.
+class Matches(NamedTuple):
+    """The anchors of a batch, image after image, beside what they are matched with.
+
+    All anchors are here, not only the positive ones, and losses mask the others: the CPU would have to wait for the
+    number of positives.
 
     Attributes:
-        mask: which anchors they are, (N, R) bool.
-        anchors: (P, 4).
-        boxes: their matched ground-truth boxes, (P, 4) XYXY.
-        deltas: the head's box predictions for them, (P, D) float32.
-        decoded: the predictions decoded to boxes, (P, 4) XYXY, float32.
+        positive: which anchors are labeled with a class, (N*R,) bool.
+        anchors: (N*R, 4).
+        boxes: their matched ground-truth boxes, (N*R, 4) XYXY; any finite numbers unless positive.
+        deltas: the head's box predictions, (N*R, D) float32.
+        decoded: the predictions decoded to boxes, (N*R, 4) XYXY, float32.
         normalizer: sum over images of max(#positives, 1), averaged over workers; ().
     """
 
-    mask: Tensor
+    positive: Tensor
     anchors: Tensor
     boxes: Tensor
     deltas: Tensor
@@ -100,7 +103,7 @@ class AnchorPointDetector(OneAnchorDetector):
         self, images: ImageList, features: List[Tensor], predictions: List[List[Tensor]], gt_instances: List[Any]
     ) -> Dict[str, Tensor]:
         """Computes the losses of a batch, see ``losses``."""
-        anchors = self.anchor_generator(features)
+        anchors = make_anchors(self.anchor_generator, features)
         logits, deltas, *rest = self._per_anchor(predictions)
         labels, boxes = self.label_anchors(anchors, gt_instances)
         return self.losses(anchors, logits, labels, deltas, boxes, *rest)
@@ -153,10 +156,10 @@ class AnchorPointDetector(OneAnchorDetector):
         """
         raise NotImplementedError
 
-    def positives(
+    def matches(
         self, anchors: List[Boxes], labels: Tensor, pred_deltas: List[Tensor], gt_boxes: List[Tensor]
-    ) -> Positives:
-        """Selects the positive anchors and logs their number per image.
+    ) -> Matches:
+        """Puts what is known of each anchor side by side.
 
         Args:
             anchors: anchors of each level.
@@ -165,9 +168,8 @@ class AnchorPointDetector(OneAnchorDetector):
             gt_boxes: matched boxes of each image, (R, 4).
         """
         mask = (labels >= 0) & (labels < self.num_classes)
-        picked = Boxes.cat(anchors).tensor.expand(len(labels), -1, -1)[mask]
-        deltas = torch.cat(pred_deltas, dim=1)[mask].float()
-        decoded = self.box2box_transform.apply_deltas(deltas, picked)
-        get_event_storage().put_scalar("num_pos_anchors", len(picked) / len(labels))
+        repeated = Boxes.cat(anchors).tensor.repeat(len(labels), 1)
+        deltas = torch.cat(pred_deltas, dim=1).flatten(0, 1).float()
+        decoded = self.box2box_transform.apply_deltas(deltas, repeated)
         normalizer = mean_over_workers(mask.sum(1).clamp(min=1).sum().float())
-        return Positives(mask, picked, torch.stack(gt_boxes)[mask], deltas, decoded, normalizer)
+        return Matches(mask.flatten(), repeated, torch.cat(gt_boxes), deltas, decoded, normalizer)

@@ -15,7 +15,7 @@ from detectron2.structures import Boxes
 from fvcore.nn import sigmoid_focal_loss
 from torch import Tensor, nn
 
-from ..losses import centerness_targets, giou_loss
+from ..losses import centerness_targets, giou_loss, one_hot
 from ..workers import mean_over_workers
 from .anchor_points import AnchorPointDetector
 from .coders import ClampedBoxTransform
@@ -117,22 +117,23 @@ class ATSS(AnchorPointDetector):
             ``loss_cls``, ``loss_bbox``, ``loss_centerness``.
         """
         labels = torch.stack(gt_labels)
-        positives = self.positives(anchors, labels, pred_deltas, gt_boxes)
-        valid = labels >= 0
-        targets = centerness_targets(positives.anchors, positives.boxes)
-        centerness = torch.cat(rest[0], dim=1).squeeze(2)[positives.mask].float()
-        centerness_loss = F.binary_cross_entropy_with_logits(centerness, targets, reduction="sum")
-        box_loss = (giou_loss(positives.decoded, positives.boxes) * targets).sum()
+        matches = self.matches(anchors, labels, pred_deltas, gt_boxes)
+        targets = centerness_targets(matches.anchors, matches.boxes) * matches.positive
+        centerness = torch.cat(rest[0], dim=1).flatten().float()
+        centerness_losses = F.binary_cross_entropy_with_logits(centerness, targets, reduction="none")
+        centerness_loss = (centerness_losses * matches.positive).sum()
+        box_loss = (giou_loss(matches.decoded, matches.boxes) * targets).sum()
         box_normalizer = self._at_least_one(mean_over_workers(targets.sum()))
-        cls_loss = self._focal_loss(torch.cat(pred_logits, dim=1)[valid], labels[valid])
+        cls_losses = self._focal_losses(torch.cat(pred_logits, dim=1), labels)
+        cls_loss = (cls_losses * (labels >= 0)).sum()
         return {
-            "loss_cls": self.cls_weight * cls_loss / positives.normalizer,
+            "loss_cls": self.cls_weight * cls_loss / matches.normalizer,
             "loss_bbox": self.box_weight * box_loss / box_normalizer,
-            "loss_centerness": self.centerness_weight * centerness_loss / positives.normalizer,
+            "loss_centerness": self.centerness_weight * centerness_loss / matches.normalizer,
         }
 
-    def _focal_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        one_hot = F.one_hot(labels, self.num_classes + 1)[:, :-1].float()
-        return sigmoid_focal_loss(
-            logits.float(), one_hot, alpha=self.focal_loss_alpha, gamma=self.focal_loss_gamma, reduction="sum"
-        )
+    def _focal_losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Returns the focal loss of each anchor, summed over classes, (N, R)."""
+        targets = one_hot(labels, self.num_classes).float()
+        alpha, gamma = self.focal_loss_alpha, self.focal_loss_gamma
+        return sigmoid_focal_loss(logits.float(), targets, alpha=alpha, gamma=gamma).sum(-1)

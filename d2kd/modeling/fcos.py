@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ..errors import D2kdError, check_choice
 from ..keys import key
-from ..losses import BOX_LOSSES, centerness_targets
+from ..losses import BOX_LOSSES, centerness_targets, one_hot
 from ..workers import mean_over_workers
 from .boxes import decode_boxes
 from .coders import LinearBoxTransform
@@ -201,29 +201,31 @@ class FCOS(OneAnchorDetector, fcos.FCOS):
             return super().losses(anchors, pred_logits, gt_labels, pred_anchor_deltas, gt_boxes, pred_centerness)
         labels = torch.stack(gt_labels)
         positive = labels < self.num_classes
-        one_hot = F.one_hot(labels, self.num_classes + 1)[..., :-1].float()
         cls_loss = sigmoid_focal_loss_jit(
             torch.cat(pred_logits, dim=1),
-            one_hot,
+            one_hot(labels, self.num_classes).float(),
             alpha=self.focal_loss_alpha,
             gamma=self.focal_loss_gamma,
             reduction="sum",
         )
-        targets = centerness_targets(Boxes.cat(anchors).tensor, torch.stack(gt_boxes))[positive]
-        centerness = torch.cat(pred_centerness, dim=1).squeeze(2)[positive]
-        ctr_loss = F.binary_cross_entropy_with_logits(centerness, targets, reduction="sum")
-        box_losses = self._box_losses(anchors, torch.cat(pred_anchor_deltas, dim=1), gt_boxes, positive)
+        # Masked, not selected: the CPU would have to wait for the number of positives.
+        targets = centerness_targets(Boxes.cat(anchors).tensor, torch.stack(gt_boxes)) * positive
+        centerness = torch.cat(pred_centerness, dim=1).squeeze(2)
+        ctr_losses = F.binary_cross_entropy_with_logits(centerness, targets, reduction="none")
+        ctr_loss = (ctr_losses * positive).sum()
+        box_losses = self._box_losses(anchors, torch.cat(pred_anchor_deltas, dim=1), gt_boxes) * positive
         if self.loss_normalizer_type == "ema":
-            normalizer = self._ema_update("loss_normalizer", max(int(positive.sum()), 1), 300)
+            # In float64, as the Python number that detectron2 keeps here, for which it waits.
+            normalizer = self._ema_update("loss_normalizer", positive.sum().clamp(min=1).double(), 300)  # type: ignore[arg-type]
             return _named(cls_loss / normalizer, box_losses.sum() / normalizer, ctr_loss / normalizer)
         num_pos = self._at_least_one(mean_over_workers(positive.sum().float()))
         ctr_sum = mean_over_workers(targets.sum()).clamp(min=1e-6)
         return _named(cls_loss / num_pos, (box_losses * targets).sum() / ctr_sum, ctr_loss / num_pos)
 
-    def _box_losses(self, anchors: List[Boxes], deltas: Tensor, gt_boxes: List[Tensor], positive: Tensor) -> Tensor:
-        """Returns the box loss of each positive location, (P,)."""
+    def _box_losses(self, anchors: List[Boxes], deltas: Tensor, gt_boxes: List[Tensor]) -> Tensor:
+        """Returns the box loss of each location, (N, R)."""
         boxes = decode_boxes(self.box2box_transform, deltas.flatten(0, 1), Boxes.cat(anchors).tensor)
-        return BOX_LOSSES[self.box_reg_loss_type](boxes.view_as(deltas)[positive], torch.stack(gt_boxes)[positive])
+        return BOX_LOSSES[self.box_reg_loss_type](boxes.view_as(deltas), torch.stack(gt_boxes))
 
 
 def _named(cls_loss: Tensor, box_loss: Tensor, ctr_loss: Tensor) -> Dict[str, Tensor]:

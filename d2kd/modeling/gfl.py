@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..losses import distribution_focal_loss, giou_loss, quality_focal_loss
 from ..workers import mean_over_workers
-from .anchor_points import AnchorPointDetector, Positives
+from .anchor_points import AnchorPointDetector, Matches
 from .coders import IntegralBoxTransform
 from .one_anchor import drop_tower_biases
 
@@ -129,24 +129,24 @@ class GFL(AnchorPointDetector):
             ``loss_cls``, ``loss_bbox``, ``loss_dfl``.
         """
         labels = torch.stack(gt_labels)
-        logits = torch.cat(pred_logits, dim=1).float()
-        positives = self.positives(anchors, labels, pred_deltas, gt_boxes)
-        overlaps = torch.zeros_like(labels, dtype=torch.float32)
-        overlaps[positives.mask] = matched_pairwise_iou(Boxes(positives.decoded.detach()), Boxes(positives.boxes))
-        valid = labels >= 0
-        cls_loss = quality_focal_loss(logits[valid], labels[valid], overlaps[valid], self.qfl_beta).sum()
-        weights = logits[positives.mask].detach().amax(-1).sigmoid()
+        logits = torch.cat(pred_logits, dim=1).flatten(0, 1).float()
+        matches = self.matches(anchors, labels, pred_deltas, gt_boxes)
+        overlaps = matched_pairwise_iou(Boxes(matches.decoded.detach()), Boxes(matches.boxes))
+        overlaps = overlaps.where(matches.positive, 0.0)  # two boxes without area have NaN
+        cls_losses = quality_focal_loss(logits, labels.flatten(), overlaps, self.qfl_beta)
+        cls_loss = (cls_losses * (labels.flatten() >= 0)).sum()
+        weights = logits.detach().amax(-1).sigmoid() * matches.positive
         normalizer = self._at_least_one(mean_over_workers(weights.sum()))
-        box_loss = (giou_loss(positives.decoded, positives.boxes) * weights).sum()
-        dfl_loss = (self._side_losses(positives) * weights).sum()
+        box_loss = (giou_loss(matches.decoded, matches.boxes) * weights).sum()
+        dfl_loss = (self._side_losses(matches) * weights).sum()
         return {
-            "loss_cls": self.cls_weight * cls_loss / positives.normalizer,
+            "loss_cls": self.cls_weight * cls_loss / matches.normalizer,
             "loss_bbox": self.box_weight * box_loss / normalizer,
             "loss_dfl": self.dfl_weight * dfl_loss / normalizer,
         }
 
-    def _side_losses(self, positives: Positives) -> Tensor:
-        """Returns the distribution focal loss of each positive anchor, averaged over its four sides, (P,)."""
-        targets = self.box2box_transform.get_deltas(positives.anchors, positives.boxes)
-        bins = positives.deltas.unflatten(1, (4, -1)).flatten(0, 1)
+    def _side_losses(self, matches: Matches) -> Tensor:
+        """Returns the distribution focal loss of each anchor, averaged over its four sides, (N*R,)."""
+        targets = self.box2box_transform.get_deltas(matches.anchors, matches.boxes)
+        bins = matches.deltas.unflatten(1, (4, -1)).flatten(0, 1)
         return distribution_focal_loss(bins, targets.flatten()).view(-1, 4).mean(1)

@@ -138,11 +138,11 @@ def _last(run: ReportRun, metric: str) -> Optional[float]:
 
 def _cost(run: ReportRun, seconds: float) -> Dict[str, str]:
     """Size and speed of the detector that a run has trained, if it can be built from the folder."""
-    config = str(run.folder / "config.yaml")
+    config, opts = run.config
     cost: Optional[Complexity] = None
     try:
-        detector = load_detector(config, str(run.folder / "model_final.pth"))
-        cost = measure(detector, evaluation_size(config), seconds)
+        detector = load_detector(config, str(run.folder / "model_final.pth"), opts)
+        cost = measure(detector, evaluation_size(config, opts), seconds)
     except D2kdError:
         pass
     return {
@@ -222,7 +222,7 @@ def _pictures(groups: Groups, num_images: int) -> List[Section]:
             test_set = TestSet(name)
             images = test_set.sample(num_images)
             rows = detection_rows(test_set, images, files)
-        except D2kdError as error:
+        except (D2kdError, OSError) as error:
             sections.append(Section(title, f"No pictures: {error}."))
             continue
         sections.append(Section(title, "With scores above 0.4.", rows=rows, legend=legend(test_set)))

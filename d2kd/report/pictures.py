@@ -3,12 +3,14 @@
 import base64
 import io
 import json
+from functools import reduce
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, NamedTuple, Sequence, Tuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from detectron2.config import instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
@@ -21,10 +23,13 @@ from PIL import Image
 from torch import Tensor
 
 from ..checkpoint import load_strict
-from ..config import load_config
+from ..config import load_config, read_lazy
+from ..contract import channel_order
 from ..dense import DenseOutputs
 from ..errors import D2kdError
+from ..export import evaluation_size
 from ..meta_arch import DistillMetaArch
+from ..overrides import apply_override
 from .charts import COLORS
 from .runs import ReportRun
 
@@ -119,12 +124,14 @@ def load_student(run: ReportRun) -> DistillMetaArch:
     """The trained student of a run together with its teacher, on the CPU.
 
     Raises:
-        D2kdError: the run has a LazyConfig, or its checkpoint or its teacher cannot be loaded.
+        D2kdError: its config is not known, or its checkpoint or its teacher cannot be loaded.
     """
-    if "MODEL.DISTILL.METHODS" not in run.values:
-        raise D2kdError("it has a LazyConfig, whose values alone do not make a model")
-    cfg = load_config(str(run.folder / "config.yaml"), ["MODEL.DEVICE", "cpu"])
-    student = build_model(cfg)
+    path, opts = run.config
+    if path.endswith(".py"):
+        cfg = reduce(apply_override, opts, read_lazy(path))
+        student = instantiate(cfg.model).to("cpu")
+    else:
+        student = build_model(load_config(path, ["MODEL.DEVICE", "cpu"]))
     load_strict(student, str(run.folder / "model_final.pth"))
     student.prepare_teacher()
     return student.eval()
@@ -141,11 +148,10 @@ def comparison_rows(
         test_set: of the images.
         images: to show, a row for each.
     """
-    sizes = run.values["INPUT.MIN_SIZE_TEST"], run.values["INPUT.MAX_SIZE_TEST"]
-    resize = T.ResizeShortestEdge(*sizes)
+    resize = T.ResizeShortestEdge(*evaluation_size(*run.config))
     rows = []
     for image in images:
-        pixels = utils.read_image(test_set.path(image), run.values["INPUT.FORMAT"])
+        pixels = utils.read_image(test_set.path(image), channel_order(student))
         rows.append(_compare(student, resize.get_transform(pixels).apply_image(pixels)))
     return rows
 

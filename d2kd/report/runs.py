@@ -2,11 +2,15 @@
 
 import json
 import math
+import os
 import re
+import shlex
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Dict, List, Sequence, Tuple
+
+from detectron2.engine import default_argument_parser
 
 from ..diagnose.gradients import GRADIENT
 from ..errors import D2kdError
@@ -46,9 +50,18 @@ class ReportRun:
         file = self.folder / "commands.txt"
         return file.read_text() if file.exists() else ""
 
+    @cached_property
+    def config(self) -> Tuple[str, List[str]]:
+        """The config that makes its model again, and overrides: what the folder keeps, or a LazyConfig's own file."""
+        words = shlex.split(self.commands.splitlines()[-1], comments=True) if self.commands else []
+        if "MODEL.META_ARCHITECTURE" in self.values or words[:1] != ["cd"]:
+            return str(self.folder / "config.yaml"), []
+        arguments = default_argument_parser().parse_known_args(words[words.index("&&") + 3 :])[0]
+        return os.path.join(words[1], arguments.config_file), arguments.opts
+
     @property
     def methods(self) -> List[str]:
-        """Names of its distillation methods; of a LazyConfig, only the YAML names of classes are not known."""
+        """Names of its distillation methods."""
         found = self.values.get("MODEL.DISTILL.METHODS") or self.values.get("model.methods") or []
         return [x if isinstance(x, str) else str(x.get("_target_", "")).rsplit(".", 1)[-1] for x in found]
 

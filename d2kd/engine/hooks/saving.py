@@ -8,6 +8,7 @@ from detectron2.engine import hooks
 from detectron2.utils import comm
 
 from ...checkpoint.run_checkpoints import RunCheckpointer
+from ..accumulate import normalizers_of, set_normalizers
 from .watch import Preempted, Watch
 
 
@@ -15,7 +16,7 @@ class Saving(hooks.PeriodicCheckpointer):
     """Saves periodically, at the end, and on SIGTERM after the iteration in progress, then ends with Preempted.
 
     Register it on all ranks: they agree on SIGTERM, and each has a loss normalizer of its own (detectron2's RetinaNet
-    and FCOS keep that running mean in no state dict) which rank 0 saves.
+    and FCOS keep that running mean in no state dict), or one for each micro-batch, which rank 0 saves.
 
     Args:
         checkpointer: of the run.
@@ -69,7 +70,8 @@ class Saving(hooks.PeriodicCheckpointer):
             raise
 
     def _gather_normalizers(self) -> None:
-        self._normalizers = comm.all_gather(getattr(self.checkpointer.model, "loss_normalizer", None))
+        of_processes = comm.all_gather([x and float(x) for x in normalizers_of(self.trainer.model)])
+        self._normalizers = [one for micro_batch in zip(*of_processes) for one in micro_batch]
 
     def _save_now(self) -> None:
         self.save(f"{self.file_prefix}_{self.trainer.iter:07d}", iteration=self.trainer.iter)
@@ -80,6 +82,6 @@ class Saving(hooks.PeriodicCheckpointer):
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
         self.evaluation_is_missing = state_dict.get("evaluation_is_missing", False)
         saved = state_dict["loss_normalizers"]
-        own = saved[comm.get_rank() % len(saved)]  # the number of processes may have changed
-        if own is not None:
-            self.checkpointer.model.loss_normalizer = own
+        workers, rank, model = comm.get_world_size(), comm.get_rank(), self.trainer.model
+        own = range(rank, workers * len(normalizers_of(model)), workers)
+        set_normalizers(model, [saved[worker % len(saved)] for worker in own])  # their number may have changed

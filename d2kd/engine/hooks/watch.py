@@ -60,7 +60,7 @@ class Watch(HookBase):
 
     def after_backward(self) -> None:
         losses = torch.stack([loss.float() for loss in self._losses.values()])
-        flags = torch.stack([~losses.isfinite().all(), losses.new_tensor(self._signaled).bool()]).float()
+        flags = torch.stack([~losses.isfinite().all(), torch.full_like(losses[0], self._signaled).bool()]).float()
         if comm.get_world_size() > 1:
             torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
         not_finite, stop = flags.tolist()

@@ -31,7 +31,10 @@ from ..devices import usable_device
 from ..recipe import Recipe
 
 # What d2kd reads beside detectron2's own keys of ``train``.
-TRAIN_DEFAULTS = {"seed": -1, "ema_decay": 0.0, "preflight": PREFLIGHT_IMAGES, "skip_bad_images": False}
+TRAIN_DEFAULTS = {
+    **{"seed": -1, "accumulate": 1, "ema_decay": 0.0},
+    **{"preflight": PREFLIGHT_IMAGES, "skip_bad_images": False},
+}
 PARTS = ("model", "train", "dataloader", "optimizer", "lr_multiplier")
 # What a data set is called whose names the config does not tell.
 UNNAMED = "test"
@@ -51,6 +54,7 @@ class LazyRecipe(Recipe):
         *("train.ddp.*", "train.preflight", "dataloader.train.num_workers", "dataloader.test.*"),
         *("dataloader.evaluator.*", "model.teacher.weights", "model.test_*", "model.max_detections_per_image"),
         "train.skip_bad_images",
+        "train.accumulate",  # micro-batches are as good as processes, whose number may change too
     )
 
     def __init__(self, config: DictConfig, config_file: str = "") -> None:
@@ -106,6 +110,7 @@ class LazyRecipe(Recipe):
         if located(node._target_) is build_detection_train_loader:
             node._target_, node.seed = build_train_loader, self.config.train.seed
             node.skip_bad_images = self.config.train.skip_bad_images
+            node.accumulate = self.config.train.accumulate
         with seeded(self.options.seed):  # samplers draw their own seeds
             return instantiate(node)
 

@@ -46,6 +46,7 @@ class YamlRecipe(Recipe):
         *("SOLVER.CHECKPOINT_PERIOD", "MODEL.DEVICE", "MODEL.DISTILL.TEACHER.WEIGHTS", "MODEL.DISTILL.PREFLIGHT"),
         *("DATASETS.TEST", "TEST.*", "*_TEST"),
         "DATALOADER.SKIP_BAD_IMAGES",  # where it matters, a run without it has ended
+        "SOLVER.ACCUMULATE",  # micro-batches are as good as processes, whose number may change too
     )
 
     def __init__(self, config: CfgNode, config_file: str = "", opts: Sequence[str] = ()) -> None:

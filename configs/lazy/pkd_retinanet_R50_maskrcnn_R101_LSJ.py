@@ -1,0 +1,9 @@
+"""PKD: RetinaNet R50 from detectron2's Mask R-CNN R101 with large-scale jitter."""
+
+from d2kd.meta_arch import DistillRetinaNet
+
+from .common.rcnn_teacher import learn_features
+from .retinanet_R50 import dataloader, lr_multiplier, model, optimizer, train
+
+learn_features(model, DistillRetinaNet, "mask_rcnn_R101_LSJ")
+train.output_dir = "output/lazy_pkd_retinanet_R50_maskrcnn_R101_LSJ"
