@@ -70,7 +70,7 @@ def exported(folder: Path, weights: Path, kind: str) -> Path:
 # --- images
 
 
-@pytest.mark.parametrize("kind", ["yaml", "lazy", "ts", "onnx"])
+@pytest.mark.parametrize("kind", ["yaml", "lazy", *(pytest.param(x, marks=pytest.mark.slow) for x in ("ts", "onnx"))])
 def test_results_are_those_of_detectron2s_evaluation(
     tmp_path: Path, weights: Path, images: List[Path], call: Callable[..., int], kind: str
 ) -> None:
@@ -210,6 +210,7 @@ def test_images_come_first_on_which_detectors_differ(tmp_path: Path, blood_cells
     assert summary["images"][0]["two"] == {"ap": 0, "recall": 0}
 
 
+@pytest.mark.slow
 def test_the_tool_compares_checkpoints_and_exported_files(
     tmp_path: Path, weights: Path, call: Callable[..., int], capsys: pytest.CaptureFixture
 ) -> None:

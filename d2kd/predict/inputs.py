@@ -135,7 +135,7 @@ def video_writer(path: Path, fps: float, size: Tuple[int, int]) -> cv2.VideoWrit
     Raises:
         D2kdError: it cannot be written.
     """
-    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), fps, size)
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), fps, size)
     if not writer.isOpened():
         raise D2kdError(f"the video {path} cannot be written; choose another --output")
     return writer
