@@ -95,7 +95,9 @@ class CrossKD(ResponseKD):
         towers = zip(self.adapters.values(), student.towers(self.cut), teacher.notes[self._statistics])
         aligned = [self.align([adapter(level) for level in own], theirs) for adapter, own, theirs in towers]
         predictions = cross_head(teacher.detector.head, self.teacher_cut, *aligned)
-        return DenseOutputs(teacher.detector, teacher.features, predictions, classes=teacher.classes)
+        crossed = DenseOutputs(teacher.detector, teacher.features, predictions, classes=teacher.classes)
+        crossed.anchors_per_level = teacher.anchors_per_level  # its maps may be freed
+        return crossed
 
     def note(self, teacher: DenseOutputs) -> None:
         """Notes the statistics of the teacher's channels for each tower and level, all that the alignment reads."""
