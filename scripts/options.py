@@ -1,6 +1,7 @@
-"""Writes docs/options.md from signatures and docstrings: `python scripts/options.py`. A test says if it is out of date."""
+"""Writes docs/options.md from signatures and docstrings; a test says if it is out of date."""
 
 import inspect
+import re
 import sys
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Tuple
@@ -15,6 +16,7 @@ from d2kd.meta_arch import DistillMetaArch
 from d2kd.methods import METHOD_REGISTRY, Schedule, method_names
 from d2kd.modeling import ATSS, FCOS, GFL
 from d2kd.modeling.anchor_points import AnchorPointDetector
+from d2kd.modeling.backbone import ExtraLevels
 from d2kd.modeling.one_anchor import config_key
 from d2kd.modeling.timm_backbone import TimmBackbone
 from d2kd.teacher import load_teacher
@@ -23,12 +25,12 @@ PAGE = Path(__file__).parents[1] / "docs" / "options.md"
 INTRO = """\
 # Options
 
-All keys that d2kd adds to detectron2's configs. This page is made by `scripts/options.py` from the signatures and docstrings
+All keys that d2kd adds to detectron2's configs. `scripts/options.py` makes this page from the signatures and docstrings
 of the classes that take the options, so search it for any key, such as `CLIP_BEFORE_NMS`.
 
-Set a key in a YAML config or as an override, `MODEL.DISTILL.CROSSKD.CUT 2`. The second column is the name in a LazyConfig
-or in Python: a method's options are keyword arguments of its class, `model.methods.0.cut=2` or `CrossKD(cut=2)`; a detector's
-belong to `model` or `model.head`.
+Set a key in a YAML config or as an override, `MODEL.DISTILL.CROSSKD.CUT 2`. The second column is the name in Python and
+in a LazyConfig: a method's options are keyword arguments of its class, `CrossKD(cut=2)` or `model.methods.0.cut=2`;
+those of a detector belong to `model` or `model.head`.
 """
 METHODS = {name: METHOD_REGISTRY.get(name) for name in method_names()}
 #: The classes and functions whose docstrings describe the keys of a node.
@@ -38,16 +40,16 @@ MAKERS: Dict[str, Tuple[Any, ...]] = {
     **{f"MODEL.DISTILL.{name.upper()}": (method,) for name, method in METHODS.items()},
     "MODEL.DISTILL.SCHEDULE.<METHOD>": (Schedule,),
     **{f"MODEL.{cls.config_node}": (cls, cls.head_class, AnchorPointDetector) for cls in (GFL, ATSS, FCOS)},
+    "MODEL.FPN.EXTRA": (ExtraLevels,),
     "MODEL.TIMM": (TimmBackbone,),
 }
 #: Keys that are not the arguments of one class.
 OTHERS = {
     "MODEL.DISTILL.METHODS": "names of the methods, such as `('CrossKD', 'PKD')`; empty for a plain detector.",
     "MODEL.DISTILL.PREFLIGHT": "number of training images on which the teacher is tested before training; 0 for none.",
-    "MODEL.RESNETS.BLOCKS": "blocks of each stage, for ResNets of any depth; empty: by `DEPTH`.",
-    "MODEL.FPN.EXTRA.IN_FEATURE": "what the levels above the FPN are computed from: `c5`, `p5` or `lateral`.",
-    "MODEL.FPN.EXTRA.NUM_LEVELS": "number of levels above the FPN.",
-    "MODEL.FPN.EXTRA.RELU": "whether a ReLU precedes the second of them.",
+    "MODEL.RESNETS.BLOCKS": "number of blocks of each stage; empty: by `DEPTH`.",
+    "MODEL.FPN.EXTRA.IN_FEATURE": "input of the levels above the FPN. If the last stage is res5: `res5`, the stage; "
+    "`p5`, its level; `lateral5`, the output of its lateral convolution.",
     "SOLVER.OPTIMIZER": "`SGD` or `AdamW`.",
     "SOLVER.EMA_DECAY": "decay of a moving average of the weights, evaluated and saved as well; 0 for none.",
     "SOLVER.ACCUMULATE": "micro-batches of each process per step of the optimizer. `IMS_PER_BATCH` stays the step's.",
@@ -59,6 +61,15 @@ OTHERS = {
     "FOCAL_LOSS_ALPHA": "alpha of the focal loss.",
     "FOCAL_LOSS_GAMMA": "gamma of the focal loss.",
     "PRIOR_PROB": "class score at initialization.",
+}
+#: Arguments whose names are not those of the keys.
+ARGUMENTS = {
+    "MODEL.FPN.EXTRA.IN_FEATURE": "extra_in_feature",
+    "MODEL.FPN.EXTRA.NUM_LEVELS": "num_extra",
+    "MODEL.RESNETS.BLOCKS": "model.backbone.bottom_up.blocks",
+    "SOLVER.OPTIMIZER": "optimizer",
+    "IN_FEATURES": "head_in_features",
+    "NUM_CONVS": "conv_dims",
 }
 
 
@@ -102,7 +113,7 @@ def _row(node: str, name: str, default: Any) -> str:
     meaning = OTHERS.get(key) or text or OTHERS.get(name)
     if not meaning:
         sys.exit(f"{key} is not described: in the docstring of what takes it, or in OTHERS of scripts/options.py")
-    argument = LAZY.get(key, argument or name.lower())
+    argument = LAZY.get(key) or ARGUMENTS.get(key) or argument or ARGUMENTS.get(name, name.lower())
     return f"| `{name}` | `{argument}` | `{default!r}` | {meaning if key in OTHERS else _text(meaning)} |\n"
 
 
@@ -118,9 +129,10 @@ def _described(node: str) -> Iterator[Tuple[str, str]]:
 
 def _text(text: str) -> str:
     """A docstring's text as Markdown in a cell of a table."""
-    for mark, plain in ((":class:", ""), (":func:", ""), (":meth:", ""), ("\n", " "), ("``", "`"), ("<", "&lt;"), ("|", "\\|")):
+    text = re.sub(r":(?:class|func|meth):", "", text)
+    for mark, plain in (("\n", " "), ("``", "`"), ("<", "&lt;"), ("|", "\\|"), ('"*"', "`*`")):
         text = text.replace(mark, plain)
-    return text.replace('"*"', "`*`")
+    return text
 
 
 if __name__ == "__main__":
