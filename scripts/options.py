@@ -3,6 +3,7 @@
 import inspect
 import re
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Tuple
 
@@ -108,8 +109,7 @@ def _section(node: str, rows: List[str]) -> str:
 
 def _row(node: str, name: str, default: Any) -> str:
     key = f"{node}.{name}"
-    found = {config_key(argument): (argument, text) for argument, text in _described(node)}
-    argument, text = found.get(name, ("", ""))
+    argument, text = _described(node).get(name, ("", ""))
     meaning = OTHERS.get(key) or text or OTHERS.get(name)
     if not meaning:
         sys.exit(f"{key} is not described: in the docstring of what takes it, or in OTHERS of scripts/options.py")
@@ -117,14 +117,17 @@ def _row(node: str, name: str, default: Any) -> str:
     return f"| `{name}` | `{argument}` | `{default!r}` | {meaning if key in OTHERS else _text(meaning)} |\n"
 
 
-def _described(node: str) -> Iterator[Tuple[str, str]]:
-    """Arguments and what docstrings say of them; those of a class follow those of its bases, which they replace."""
+@cache
+def _described(node: str) -> Dict[str, Tuple[str, str]]:
+    """Keys with their arguments and what docstrings say of them; a class's own replace those of its bases."""
+    found = {}
     for maker in reversed(MAKERS.get(node, ())):
-        for documented in reversed(inspect.getmro(maker) if inspect.isclass(maker) else (maker,)):
-            docstring = griffe.Docstring(inspect.cleandoc(vars(documented).get("__doc__") or documented.__doc__ or ""))
-            for section in docstring.parse("google", warnings=False):
+        for cls in reversed(inspect.getmro(maker) if inspect.isclass(maker) else (maker,)):
+            text = cls.__doc__ if cls.__module__.startswith("d2kd.") else ""
+            for section in griffe.Docstring(inspect.cleandoc(text or "")).parse("google", warnings=False):
                 if section.kind.value in ("parameters", "attributes"):
-                    yield from ((item.name, item.description) for item in section.value)
+                    found.update({config_key(item.name): (item.name, item.description) for item in section.value})
+    return found
 
 
 def _text(text: str) -> str:
