@@ -19,6 +19,7 @@ from .errors import D2kdError, nearest
 from .methods import Schedule, check_method_names, method_defaults, method_names
 from .modeling import add_detector_config
 from .modeling.timm_models import take_over_pixels
+from .yaml_files import check_yaml
 
 # Set to 1, it lets configs use YAML tags that run code, as some of detectron2's model zoo do.
 ALLOW_UNSAFE_YAML = "D2KD_ALLOW_UNSAFE_YAML"
@@ -173,6 +174,7 @@ def load_config(config_file: str, opts: Sequence[str] = (), with_teacher: bool =
     cfg = get_cfg()
     add_distill_config(cfg)
     with _merging(config_file, cfg):
+        check_yaml(path)
         cfg.merge_from_file(path, allow_unsafe=_may_run_code(path))
     options = [opt for opt in map(str, opts) if opt.startswith("--")]
     if options:
@@ -250,6 +252,8 @@ def _merging(what: str, cfg: CfgNode) -> Iterator[None]:
     """Turns what yacs and detectron2 raise for a file or overrides that they cannot merge into a D2kdError."""
     try:
         yield
+    except D2kdError:
+        raise
     except (KeyError, ValueError, AssertionError, OSError, yaml.YAMLError) as error:
         raise D2kdError(f"{what}: {_explain(error, cfg)}") from error
     except (AttributeError, TypeError, RecursionError) as error:  # they take the outline for granted

@@ -20,16 +20,36 @@ PLEASE_REPORT = "this is a bug in d2kd or in code it runs: please report it with
 _FROM_ANOTHER_PROCESS = re.compile(r"\s*(Caught \w+ in |-- Process \d+ )")
 
 
+# Characters of a message, and of a name in it: more tells nobody more.
+MESSAGE_LENGTH, NAME_LENGTH = 2000, 200
+
+
+def printable(text: object, length: int = NAME_LENGTH) -> str:
+    """A text from a file for messages: characters that terminals obey are escaped, the middle of long ones left out.
+
+    Args:
+        text: a name, or a whole message.
+        length: the most characters that are kept.
+    """
+    shown, half = escaped(str(text)), length // 2 - 3
+    return shown if len(shown) <= length else f"{shown[:half]} ... {shown[-half:]}"
+
+
+def escaped(text: str) -> str:
+    """A text in which newlines, and all else that is no visible character, is written as Python does."""
+    return "".join(x if x.isprintable() else x.encode("unicode_escape").decode() for x in text)
+
+
 class D2kdError(ValueError):
     """A mistake in a config, file or argument.
 
     The message is one sentence that names the file, key or value and how to fix it. Commands print it without a
-    traceback and exit with status 2.
+    traceback and exit with status 2. It is one line, whatever the names in it hold; see :func:`printable`.
     """
 
     def __init__(self, message: object) -> None:
         text = str(message)
-        super().__init__(mistake_in_traceback(text) or text)
+        super().__init__(printable(mistake_in_traceback(text) or text, MESSAGE_LENGTH))
 
 
 def mistake_in_traceback(text: str) -> Optional[str]:
@@ -58,6 +78,8 @@ class KnownMistake(NamedTuple):
     sentence: Callable[["re.Match[str]"], str]
 
 
+#: What numpy and PIL raise for images without pixels.
+NO_PIXELS = r"At least one stride in the given numpy array is negative|height and width must be > 0"
 #: YAML keys that name what a registry of detectron2 holds.
 REGISTRIES = {
     "META_ARCH": "MODEL.META_ARCHITECTURE",
@@ -72,6 +94,13 @@ KNOWN_MISTAKES = [
         lambda _: (
             f"the GPU's memory is full; lower {key('SOLVER.IMS_PER_BATCH')} (and {key('SOLVER.BASE_LR')} alike) or the "
             f"image size, or set {setting('SOLVER.AMP.ENABLED', True)}"
+        ),
+    ),
+    KnownMistake(
+        OSError,
+        "No space left on device|Disk quota exceeded|File too large",
+        lambda found: (
+            f"the disk is full ({found[0]}); free some space, then --resume continues from the last checkpoint"
         ),
     ),
     KnownMistake(
@@ -135,7 +164,7 @@ KNOWN_MISTAKES = [
     ),
     KnownMistake(
         ValueError,
-        r"At least one stride in the given numpy array is negative|height and width must be > 0",
+        NO_PIXELS,
         lambda _: (
             f"an image has a side of a pixel or less after resizing; use larger ones ({key('INPUT.MIN_SIZE_TRAIN')}, "
             "INPUT.MAX_SIZE_TRAIN; LazyConfig: short_edge_length, max_size)"

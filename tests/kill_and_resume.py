@@ -33,6 +33,22 @@ ALONE = 30.0
 TIMEOUT = 900.0
 
 
+def ignore_sigint() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def ends(group: int) -> bool:
+    """Whether all processes of a group end in time."""
+    deadline = time.monotonic() + ALONE
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.05)
+    return False
+
+
 class Runs:
     """Starts train_net.py on a set of drawn images.
 
@@ -54,8 +70,11 @@ class Runs:
         self.options += ["SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.DTYPE", "bfloat16", *args.opts]
 
     def start(self, name: str, config: str, *options: str) -> subprocess.Popen:
-        """Starts or resumes a run in its own folder and process group, as nohup does; its output goes to <name>.log."""
-        command = ["nohup", sys.executable, "train_net.py", "--config-file", f"configs/{config}.yaml", "--resume"]
+        """Starts or resumes a run in its own folder and process group; its output goes to <name>.log.
+
+        It ignores SIGINT, as what scripts start in the background does, with or without nohup.
+        """
+        command = [sys.executable, "train_net.py", "--config-file", f"configs/{config}.yaml", "--resume"]
         command += ["--num-gpus", str(self.processes), "--dist-url", "auto", *self.options]
         with open(self.log(name), "a") as log:
             return subprocess.Popen(
@@ -63,6 +82,7 @@ class Runs:
                 cwd=ROOT,
                 env=self.environment,
                 start_new_session=True,
+                preexec_fn=ignore_sigint,
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
@@ -116,18 +136,6 @@ def kill_at_random(runs: Runs, name: str, longest: float, rng: random.Random, pa
             sys.exit(f"processes are left {ALONE:.0f} s after their parent was killed")
         return True
     runs.finish(name, process)
-    return False
-
-
-def ends(group: int) -> bool:
-    """Whether all processes of a group end in time."""
-    deadline = time.monotonic() + ALONE
-    while time.monotonic() < deadline:
-        try:
-            os.killpg(group, 0)
-        except ProcessLookupError:
-            return True
-        time.sleep(0.05)
     return False
 
 

@@ -101,6 +101,14 @@ def test_the_same_from_started_processes(raises, status, last, teacher_file, tmp
     assert ("in broken" in done.stderr) == (status == 1)
 
 
+def test_a_message_is_one_line_of_a_bearable_length():
+    error = D2kdError("a \x1b[31mred\nerror: two\u2028lines \udc80" + "x" * 38_000 + "; fix it")
+    assert str(error).startswith(r"a \x1b[31mred\nerror: two\u2028lines \udc80xxx")
+    assert str(error).endswith("xxx; fix it")
+    assert len(str(error)) < 2100
+    assert str(D2kdError(error)) == str(error)
+
+
 def test_exit_statuses(capsys):
     def fail(error):
         raise error
@@ -162,6 +170,7 @@ def out_of_memory():
 # What other libraries raise, by rows of KNOWN_MISTAKES, and the start of what users read instead.
 PROVOKED = [
     (out_of_memory, "the GPU's memory is full"),
+    (lambda: os.write(os.open("/dev/full", os.O_WRONLY), b"x"), "the disk is full (No space left on device)"),
     (lambda: META_ARCH_REGISTRY.get("x"), "MODEL.META_ARCHITECTURE is 'x'"),
     (lambda: BACKBONE_REGISTRY.get("x"), "MODEL.BACKBONE.NAME is 'x'"),
     (lambda: ANCHOR_GENERATOR_REGISTRY.get("x"), "MODEL.ANCHOR_GENERATOR.NAME is 'x'"),

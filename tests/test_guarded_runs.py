@@ -13,6 +13,7 @@ from detectron2.evaluation import COCOEvaluator
 from runs import assert_same_end, command, last_error, lazy_command, resume, sigterm, train
 from small import CONFIGS
 
+from d2kd.checkpoint import files
 from d2kd.checkpoint.run_checkpoints import checkpoints_in
 from d2kd.engine import lock
 from d2kd.engine.hooks import EXIT_PREEMPTED
@@ -203,6 +204,18 @@ def test_edited_annotations_are_refused(make, teachers, blood_cells, tmp_path, c
     assert resume(tmp_path / "run", teachers, *one, make=make) == 0
 
 
+@pytest.mark.slow
+def test_what_an_allowed_change_changes(run, teachers, capfd):
+    """The learning rate of the rest of the run; not the optimizer, whose state would not fit."""
+    assert train(run, teachers, "SOLVER.MAX_ITER", 3, "SOLVER.OPTIMIZER", "SGD", flags=ALLOWED) == 2
+    assert "holds the state of another optimizer" in last_error(capfd)
+    opts = ["SOLVER.MAX_ITER", 3, "SOLVER.BASE_LR", 0.0625, "SOLVER.WARMUP_ITERS", 0, "SOLVER.WEIGHT_DECAY", 0.5]
+    assert train(run, teachers, *opts, flags=ALLOWED) == 0
+    groups = files.read(str(run / "model_final.pth"))["trainer"]["_trainer"]["optimizer"]["param_groups"]
+    assert {group["initial_lr"] for group in groups} == {0.0625}
+    assert 0.5 in {group["weight_decay"] for group in groups}
+
+
 # ---- odd files
 
 
@@ -234,3 +247,14 @@ def test_dangling_links_are_passed_over(run, teachers, capfd):
     (run / "last_checkpoint").write_text("model_0000009.pth")
     assert resume(run, teachers, "SOLVER.MAX_ITER", 1) == 0
     assert "model_0000009.pth: no such file" in capfd.readouterr().out
+
+
+# ---- full disks while logs are written
+
+
+def test_a_log_that_cannot_be_written_ends_no_run(teachers, tmp_path, capfd):
+    (tmp_path / "log.txt").symlink_to("/dev/full")
+    assert train(tmp_path, teachers, "SOLVER.MAX_ITER", 1) == 0
+    error = capfd.readouterr().err
+    assert error.count(f"the log in {tmp_path} could not be written (No space left on device)") == 1
+    assert "Traceback" not in error

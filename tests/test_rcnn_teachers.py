@@ -11,8 +11,8 @@ from small import CONFIGS, batch, build, distill_config, gradients, save_teacher
 
 from d2kd.config import load_config
 from d2kd.diagnose.dry_run import dry_run
-from d2kd.diagnose.preflight import judge, look
-from d2kd.diagnose.sample import Sample, at_scale, average_precision
+from d2kd.diagnose.preflight import judge, look, shuffle_parts
+from d2kd.diagnose.sample import Sample, at_scale
 from d2kd.errors import D2kdError
 from d2kd.levels import LevelPair, pair_levels
 from d2kd.methods import PKD, FitNet
@@ -318,15 +318,15 @@ def test_the_preflight_judges_detections(input_format, std, change, message):
     detector.backbone.weight.data += change
     teacher = Teacher(detector, input_format)
     sample = Sample(images, "BGR", range(3), range(3))
-    best, losses = look(sample, teacher)
-    is_weak = average_precision(sample, teacher)[1] < 10
-    assert is_weak == (message is not None)
+    ways = look(sample, teacher)
+    configured, parts = ways[0], shuffle_parts(sample, ways[0])
+    assert (configured.ap50 < 10) == (message is not None)
     if message is None:
-        assert losses["as configured"].tolist() == pytest.approx([0, 0, 0], abs=1e-6)
-        judge(best, losses, is_weak, class_is_read=False)
+        assert configured.losses.tolist() == pytest.approx([0, 0, 0], abs=1e-6)
+        judge(ways, parts, class_is_read=False)
     else:
         with pytest.raises(D2kdError, match=message):
-            judge(best, losses, is_weak, class_is_read=False)
+            judge(ways, parts, class_is_read=False)
 
 
 def test_the_preflight_sees_images_at_the_teachers_scale():

@@ -18,6 +18,7 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
 from detectron2.utils import comm
+from kill_and_resume import ends, ignore_sigint
 from runs import (
     RANDOM_VIEWS,
     ROOT,
@@ -291,14 +292,15 @@ def test_another_loader_is_resumed_with_a_warning(caplog):
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_sigterm_and_kill_of_processes(processes, teachers, tmp_path):
-    """Slurm's SIGTERM to all of a job, loading processes too, then kill -9; or SIGTERM to the first of three."""
+    """Slurm's SIGTERM to all of a job, loading processes too, then kill -9; or both to the first of three."""
     opts = ["SOLVER.MAX_ITER", 20, "DATALOADER.NUM_WORKERS", 2 if processes == 1 else 0]
     flags = ("--resume", "--num-gpus", str(processes), "--dist-url", "auto")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
     def start(folder):
         arguments = [sys.executable, "train_net.py", *command(folder, teachers, *opts, flags=flags)]
-        return subprocess.Popen(arguments, cwd=ROOT, env=environment, start_new_session=True, stdout=subprocess.DEVNULL)
+        options = {"cwd": ROOT, "env": environment, "start_new_session": True, "stdout": subprocess.DEVNULL}
+        return subprocess.Popen(arguments, **options, preexec_fn=ignore_sigint)
 
     def wait_for_more(folder, process):
         count, deadline = len(checkpoints_in(folder)), time.time() + 240
@@ -314,11 +316,11 @@ def test_sigterm_and_kill_of_processes(processes, teachers, tmp_path):
     else:
         process.terminate()
     assert process.wait(120) == EXIT_PREEMPTED
-    if processes == 1:
-        process = start(broken)
-        wait_for_more(broken, process)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    process = start(broken)
+    wait_for_more(broken, process)
+    os.killpg(process.pid, signal.SIGKILL) if processes == 1 else process.kill()  # the parent alone
+    process.wait()
+    assert ends(process.pid)
     assert not (broken / "model_final.pth").exists()
     runs = [start(broken), start(tmp_path / "unbroken")]
     assert [run.wait(240) for run in runs] == [0, 0]

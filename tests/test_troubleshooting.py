@@ -19,9 +19,11 @@ PLAIN = str(CONFIGS / "quick_retinanet.yaml")
 DISTILL = str(CONFIGS / "quick_crosskd_retinanet.yaml")
 LAZY = str(CONFIGS / "lazy" / "quick_crosskd_retinanet.py")
 SHORT = ["SOLVER.MAX_ITER", "2", "SOLVER.CHECKPOINT_PERIOD", "1", "DATASETS.TEST", "()"]
-# In test_preflight.py and test_distributed.py.
-ELSEWHERE = tuple(f"the teacher{rest}" for rest in (" detects", " seems", " counts", " finds", "'s outputs"))
-ELSEWHERE += ("process … terminated",)
+# In test_preflight.py, test_preflight_causes.py and test_distributed.py.
+ELSEWHERE = tuple(
+    f"the teacher{rest}" for rest in (" detects", " seems", " counts", " finds", " was", " predicts", "'s")
+)
+ELSEWHERE += ("The teacher is weak", "process … terminated")
 
 
 class Place:

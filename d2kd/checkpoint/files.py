@@ -2,17 +2,16 @@
 
 import contextlib
 import os
-import pickle
 import re
 import tempfile
 from collections import OrderedDict
-from typing import IO, Any, Callable, Dict, Iterator, List
+from typing import IO, Any, Callable, Dict, Iterator, List, Set
 
 import safetensors.torch
 import torch
 
 from ..errors import D2kdError
-from . import pickles
+from . import bounds, pickles
 
 PARTIAL = ".partial"  # suffix of the files left behind by processes that die while writing
 _RESAVE_HINT = "save its state dict alone, or as .safetensors"
@@ -44,9 +43,12 @@ def read(filename: str, mmap: bool = False) -> Dict[str, Any]:
         raise D2kdError(f"{filename}: no such file; check the path")
     try:
         if filename.endswith(".safetensors"):
+            bounds.check_header(filename)
             loaded = safetensors.torch.load_file(filename)
         elif filename.endswith(".pkl"):
             with open(filename, "rb") as file:
+                bounds.check_pickle(file, os.path.getsize(filename))
+                file.seek(0)
                 loaded = pickles.load(file)
         else:
             loaded = _torch_load(filename, mmap)
@@ -125,17 +127,21 @@ class _Metadata:
 
 def _torch_load(filename: str, mmap: bool) -> Any:
     """Calls ``torch.load`` with ``weights_only``, with stand-ins for numpy's names and for metadata."""
-    stand_ins: Dict[str, Callable] = dict(pickles.STAND_INS)
-    while True:
-        named: List[Any] = [(stand_in, name) for name, stand_in in stand_ins.items()]
-        try:
-            with torch.serialization.safe_globals(named):
-                return torch.load(filename, map_location="cpu", weights_only=True, mmap=mmap)
-        except pickle.UnpicklingError as error:
-            name = _refused_name(error)
-            if name in stand_ins or not _METADATA.fullmatch(name):
-                raise
-            stand_ins[name] = _Metadata
+    metadata = {name: _Metadata for name in _used_names(filename) if _METADATA.fullmatch(name)}
+    stand_ins: Dict[str, Callable] = {**metadata, **pickles.STAND_INS}
+    named: List[Any] = [(stand_in, name) for name, stand_in in stand_ins.items()]
+    with torch.serialization.safe_globals(named):
+        return torch.load(filename, map_location="cpu", weights_only=True, mmap=mmap)
+
+
+def _used_names(filename: str) -> Set[str]:
+    """The full names that a file uses; none for a damaged one, of which torch knows better what is wrong."""
+    try:
+        return {name.replace("__builtin__.", "builtins.") for name in bounds.check_torch(filename)}
+    except (bounds.TooMuchError, OSError):
+        raise
+    except Exception:
+        return set()
 
 
 def _refused_name(error: Exception) -> str:
@@ -146,6 +152,8 @@ def _refused_name(error: Exception) -> str:
 
 
 def _what_is_wrong(filename: str, error: Exception) -> str:
+    if isinstance(error, bounds.TooMuchError):
+        return f"{error}; {_RESAVE_HINT}"
     if isinstance(error, OSError):
         return f"cannot be read ({error.strerror}); check its permissions"
     name = str(error) if isinstance(error, pickles.ForeignObjectError) else _refused_name(error)

@@ -5,7 +5,7 @@ from typing import Any, Dict, Iterable, Mapping, Optional
 
 from torch import Tensor
 
-from ..errors import D2kdError
+from ..errors import D2kdError, escaped, printable
 
 BOTTOM_UP = "backbone.bottom_up."
 _MODULE = r"conv1|bn1|layer[1-4]\.\d+\.(conv[1-3]|bn[1-3]|downsample\.[01])"
@@ -34,7 +34,7 @@ def raw_state(loaded: Mapping[str, Any]) -> Dict[str, Any]:
     for wrapper in ("state_dict", "model"):
         if isinstance(loaded.get(wrapper), Mapping):
             loaded = loaded[wrapper]
-    state = {str(name): value for name, value in loaded.items()}
+    state = {escaped(str(name)): value for name, value in loaded.items()}
     if all(name.startswith("module.") for name in state):
         state = {name[len("module.") :]: value for name, value in state.items()}
     return state
@@ -66,4 +66,4 @@ def some(names: Iterable[str], limit: int = 5) -> str:
     """Joins up to ``limit`` names to a string such as ``"a, b, ... (7 in all)"``."""
     names = list(names)
     more = f", ... ({len(names)} in all)" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+    return ", ".join(map(printable, names[:limit])) + more

@@ -1,11 +1,15 @@
 """Loading weights like detectron2, including partial loading, but without running code from the file."""
 
 import os
+import re
 from typing import Any, Dict, List
 from urllib.parse import urlparse
 
+import numpy as np
+import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from fvcore.common.checkpoint import Checkpointer
+from torch import Tensor
 
 from ..errors import D2kdError
 from . import files
@@ -79,6 +83,7 @@ class SafeCheckpointer(DetectionCheckpointer, _SafeFiles):
 
     def _load_model(self, checkpoint: Dict[str, Any]) -> Any:
         names = [str(name) for name in checkpoint["model"]]
+        self._check_kinds(checkpoint["model"])
         from_mmdet = is_mmdet(checkpoint["model"])
         try:
             incompatible = super()._load_model(checkpoint)
@@ -96,10 +101,33 @@ class SafeCheckpointer(DetectionCheckpointer, _SafeFiles):
             )
         return incompatible
 
+    def _check_kinds(self, state: Dict[str, Any]) -> None:
+        """Raises D2kdError for names that are no text of one line, and for weights that are no real numbers.
+
+        torch would cast int8, bool and complex numbers silently to those of the model.
+        """
+        own_state = self.model.state_dict()
+        for name, value in state.items():
+            if not str(name).isprintable():  # fvcore and detectron2 log names as they are
+                raise D2kdError(f"{self._filename} holds the name {name}, which no detector has; save a state dict")
+            own = own_state.get(re.sub(r"^module\.", "", str(name)))
+            if own is not None and own.is_floating_point() and not _is_real(value):
+                raise D2kdError(
+                    f"{self._filename}: {name} holds {value.dtype}, the model {own.dtype}; save the weights as they "
+                    "were trained, not quantized or converted"
+                )
+
     def _log_incompatible_keys(self, incompatible: Any) -> None:
         found = mismatches(incompatible.missing_keys, incompatible.unexpected_keys, incompatible.incorrect_shapes)
         if found:
             self.logger.warning("%s fits only part of the model; the rest is not changed: %s", self._filename, found)
+
+
+def _is_real(value: Any) -> bool:
+    """Whether a value is an array of floating-point numbers, or no array at all, of which others complain."""
+    if isinstance(value, Tensor):
+        return value.is_floating_point() and value.layout == torch.strided
+    return not isinstance(value, np.ndarray) or value.dtype.kind == "f"
 
 
 def _nothing_fits(names: List[str], expected: str, shapes: List[Any]) -> str:

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import D2kdError
-from .images import image_fault
+from .images import check_image, image_fault, reads_as_detectron2
 
 #: Key of a sample: what is wrong with each image that it replaces, by file name. Key of the metrics: their number.
 BAD_IMAGES = "bad_images"
@@ -27,6 +27,8 @@ class EvaluationMapper:
 
     def __call__(self, entry: Any) -> Any:
         try:
+            if reads_as_detectron2(self.mapper):
+                check_image(entry)
             return self.mapper(entry)
         except Exception as error:
             fault = image_fault(entry, error)

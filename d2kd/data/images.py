@@ -1,18 +1,22 @@
 """Checks of image files: whether they exist, can be read, and have the size given in the annotations."""
 
 import os
+import re
 import reprlib
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Set, Tuple, Union
 
+from detectron2.data import DatasetMapper
 from PIL import Image
 
-from ..errors import D2kdError
+from ..errors import NO_PIXELS, D2kdError
 
 #: Maximum number of images of a data set whose headers are read for their size; this takes less than a second.
 HEADERS_READ = 1000
 NAMES_SHOWN = 3
 ORIENTATION = 0x0112
+# First letters of PIL's modes of gray images that RGB has no room for.
+DEEP = {"I": "integers of more than 8 bits", "F": "floating-point numbers"}
 ROTATED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
 
@@ -65,7 +69,7 @@ def missing_files(folder: Union[str, Path], names: Sequence[str]) -> List[str]:
 def _files_in(folder: str) -> Set[str]:
     try:
         with os.scandir(folder) as entries:
-            return {entry.name for entry in entries if not entry.is_dir(follow_symlinks=False)}
+            return {entry.name for entry in entries if entry.is_symlink() or entry.is_file()}
     except OSError:
         return set()
 
@@ -84,21 +88,42 @@ def image_fault(entry: Any, error: Exception) -> str:
         return ""
     size = (entry["width"], entry["height"]) if {"width", "height"} <= entry.keys() else None
     reason = read_fault(entry["file_name"], size, decode=True)
+    if not reason and re.search(NO_PIXELS, str(error)):
+        reason = "a side of it has a pixel or less after resizing"
     if not reason and isinstance(error, OSError):  # by now it can be read again
         reason = error_text(error)
     return reason and f"the image {entry['file_name']} (id {entry.get('image_id')!r}) cannot be used: {reason}"
 
 
+def reads_as_detectron2(mapper: Any) -> bool:
+    """Whether a mapper reads images as detectron2's own does, which clips all numbers to 0...255."""
+    return isinstance(mapper, DatasetMapper) and type(mapper).__call__ is DatasetMapper.__call__
+
+
+def check_image(entry: Any) -> None:
+    """Raises ValueError if detectron2's mapper would read the image of a dataset dict wrongly, or forever."""
+    if isinstance(entry, Mapping) and "file_name" in entry:
+        reason = read_fault(entry["file_name"], None, decode=False)
+        if reason:
+            raise ValueError(reason)
+
+
 def read_fault(path: str, size: Optional[Tuple[int, int]], decode: bool) -> str:
     """Returns why an image cannot be read the way detectron2 reads it, or "" if it can.
+
+    Gray images of more than 8 bits cannot: detectron2 converts them to RGB, which clips them.
 
     Args:
         path: the file.
         size: the required width and height, if known.
         decode: whether to also read the pixels.
     """
+    if os.path.exists(path) and not os.path.isfile(path):
+        return "it is no regular file"  # opening a pipe waits for somebody to write to it
     try:
         with Image.open(path) as image:
+            if image.mode.startswith(tuple(DEEP)):
+                return f"its pixels are {DEEP[image.mode[0]]} (mode {image.mode}), which would be clipped to 0...255"
             is_rotated = _orientation(image) in ROTATED
             found = image.size[::-1] if is_rotated else image.size
             if decode:

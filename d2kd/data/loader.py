@@ -25,7 +25,7 @@ from ..errors import D2kdError
 from ..keys import key, setting
 from ..private import train_loader_from_config
 from .bad_images import BAD_IMAGES
-from .images import image_fault
+from .images import check_image, image_fault, reads_as_detectron2
 from .randomness import SAMPLES, seeded
 
 TRIES = 100
@@ -45,6 +45,7 @@ class SeededDataset(Dataset):
     def __init__(self, dataset: Any, mapper: Callable[[Any], Any], seed: int, skip_bad_images: bool = False) -> None:
         self.dataset = dataset
         self.mapper = PicklableWrapper(mapper)
+        self._checks_images = reads_as_detectron2(mapper)
         self.seed = seed
         self.skip_bad_images = skip_bad_images
 
@@ -68,6 +69,8 @@ class SeededDataset(Dataset):
     def _sample(self, entry: Any, faults: Dict[str, str]) -> Any:
         """Maps a dataset dict to a sample; returns None and records the fault if the image cannot be read."""
         try:
+            if self._checks_images:
+                check_image(entry)
             return self.mapper(entry)
         except Exception as error:
             fault = image_fault(entry, error)

@@ -1,6 +1,7 @@
 """A teacher on a few training images: losses that are comparable between detectors, and AP."""
 
 import contextlib
+import copy
 import io
 from itertools import islice
 from typing import Any, Dict, List, MutableMapping, NamedTuple, Sequence, Tuple, cast
@@ -14,7 +15,6 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
-from ..contract import DenseStudent
 from ..data.loader import SeededDataset
 from ..dense import preprocess, resized
 from ..errors import D2kdError
@@ -30,12 +30,14 @@ class ImageResult(NamedTuple):
         logits: class logits of the positive anchors, (P, S).
         labels: classes of the positive anchors, (P,) in 0..S-1.
         box_loss: mean GIoU loss of the positive anchors, ().
+        detections: of the shared classes, numbered 0..S-1.
     """
 
     background: Tensor
     logits: Tensor
     labels: Tensor
     box_loss: Tensor
+    detections: Instances
 
     def loss(self) -> Tensor:
         """Detection loss of the image, (): focal loss per positive anchor plus GIoU loss.
@@ -43,6 +45,10 @@ class ImageResult(NamedTuple):
         It is the same for all detectors. Their own losses keep running means and synchronize workers.
         """
         return self.loss_with(self.logits)
+
+    def class_loss(self) -> Tensor:
+        """The part of classes in :meth:`loss`."""
+        return self._replace(box_loss=torch.zeros(())).loss()
 
     def loss_with(self, logits: Tensor) -> Tensor:
         """The loss with other logits (P, S) at the positive anchors."""
@@ -57,9 +63,11 @@ class Detections(NamedTuple):
 
     Attributes:
         precision: its AP when classes are ignored, 0 to 1.
+        detections: of the shared classes, numbered 0..S-1.
     """
 
     precision: float
+    detections: Instances
 
     def loss(self) -> Tensor:
         """What is missing to all objects, (), 0 to 1."""
@@ -82,58 +90,58 @@ class Sample:
         self.images = images
         self.input_format = input_format
         self.own, self.theirs = list(own), list(theirs)
+        #: Whether AP ignores classes.
+        self.any_class = False
         self._results: MutableMapping[Teacher, List[Any]] = WeakKeyDictionary()
+
+    def at_scale(self, scale: float) -> "Sample":
+        """The same images at another size."""
+        return Sample(at_scale(self.images, scale), self.input_format, self.own, self.theirs)
+
+    def with_classes(self, theirs: Sequence[int]) -> "Sample":
+        """The same images, where the shared classes have other indices in the teacher."""
+        return Sample(self.images, self.input_format, self.own, theirs)
+
+    def without_classes(self) -> "Sample":
+        """The same images and results, but AP ignores classes."""
+        sample = copy.copy(self)
+        sample.any_class = True
+        return sample
 
     def results(self, teacher: Teacher) -> List[Any]:
         """What a teacher predicts for each image, an :class:`ImageResult`; :class:`Detections` if it is not dense."""
         if teacher not in self._results:
-            self._results[teacher] = (
-                [self._result(teacher, image) for image in self.images]
-                if teacher.is_dense
-                else [Detections(x) for x in self.precisions(teacher)]
-            )
+            result = self._dense_result if teacher.is_dense else self._detections
+            self._results[teacher] = [result(teacher, image) for image in self.images]
         return self._results[teacher]
 
-    def precisions(self, teacher: Teacher) -> List[float]:
-        """AP in each image when classes are ignored, which teachers of features need not share, 0 to 1."""
-        precisions = []
-        for image, found in zip(self.images, self.detections(teacher)):
-            truth = Instances(found.image_size, gt_boxes=image["instances"].gt_boxes)
-            truth.gt_classes = torch.zeros_like(image["instances"].gt_classes)
-            found.pred_classes = torch.zeros_like(found.pred_classes)
-            precisions.append(coco_precision([truth], [found], 1)[0])
-        return precisions
-
     # One image at a time, for the loss of each, and to save memory.
-    def _result(self, teacher: Teacher, image: Dict[str, Any]) -> ImageResult:
-        outputs, detector = teacher([image], self.input_format), cast(DenseStudent, teacher.detector)
+    @torch.no_grad()
+    def _dense_result(self, teacher: Teacher, image: Dict[str, Any]) -> ImageResult:
+        outputs, detector = teacher([image], self.input_format), cast(Any, teacher.detector)
         instances = image["instances"].to(detector.device)
         labels, boxes = (found[0] for found in detector.label_anchors(outputs.anchors_per_level, [instances]))
         positive = (labels >= 0) & (labels < detector.num_classes)
         logits = outputs.logits[0][:, self.theirs]
         valid = logits[labels >= 0]
         box_losses = giou_loss(outputs.boxes[0][positive], boxes[positive])
+        images = preprocess(detector, [image])  # only its size matters
+        # Last, since it changes the logits in place.
+        (detections,) = detector.forward_inference(images, outputs.features, outputs.predictions)
         return ImageResult(
             background=focal_loss(valid, torch.zeros_like(valid)).sum(0).cpu(),
             logits=logits[positive].cpu(),
             labels=labels[positive].cpu(),
             box_loss=(box_losses.sum() / max(len(box_losses), 1)).cpu(),
+            detections=renumbered(detections.to("cpu"), "pred_classes", self.theirs),
         )
 
     @torch.no_grad()
-    def detections(self, teacher: Teacher) -> List[Instances]:
-        """Detections of the shared classes in each image."""
-        found = [self._detections(teacher, image).to("cpu") for image in self.images]
-        return [renumbered(instances, "pred_classes", self.theirs) for instances in found]
-
-    def _detections(self, teacher: Teacher, image: Dict[str, Any]) -> Instances:
-        detector = cast(Any, teacher.detector)
-        if teacher.is_dense:
-            outputs = teacher([image], self.input_format)
-            images = preprocess(detector, [image])  # only its size matters
-            return detector.forward_inference(images, outputs.features, outputs.predictions)[0]
+    def _detections(self, teacher: Teacher, image: Dict[str, Any]) -> Detections:
         pixels = image["image"] if self.input_format == teacher.input_format else image["image"].flip(0)
-        return detector([{"image": pixels}])[0]["instances"]
+        found = teacher.network([{"image": pixels}])[0]["instances"].to("cpu")
+        precision, _ = coco_precision([image["instances"]], [found], any_class=True)
+        return Detections(precision, renumbered(found, "pred_classes", self.theirs))
 
 
 def at_scale(images: Sequence[Dict[str, Any]], scale: float) -> List[Dict[str, Any]]:
@@ -186,13 +194,14 @@ def focal_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 def average_precision(sample: Sample, teacher: Teacher) -> Tuple[float, float]:
     """COCO AP and AP50 of the teacher on the sample, in percent."""
-    truths = [renumbered(image["instances"], "gt_classes", range(len(sample.own))) for image in sample.images]
-    precision, precision50 = coco_precision(truths, sample.detections(teacher), len(sample.own))
+    found = [result.detections for result in sample.results(teacher)]
+    truths = [image["instances"] for image in sample.images]
+    precision, precision50 = coco_precision(truths, found, sample.any_class)
     return 100 * precision, 100 * precision50
 
 
-def coco_precision(truths: Sequence[Instances], found: Sequence[Instances], num_classes: int) -> Tuple[float, float]:
-    """COCO AP and AP50 of detections in images, 0 to 1."""
+def coco_precision(truths: Sequence[Instances], found: Sequence[Instances], any_class: bool) -> Tuple[float, float]:
+    """COCO AP and AP50 of detections in images, 0 to 1; with or without regard to classes."""
     annotations = [a for i, x in enumerate(truths) for a in coco_entries(i, x.gt_boxes.tensor, x.gt_classes)]
     results = [
         {**entry, "score": float(score)}
@@ -205,11 +214,12 @@ def coco_precision(truths: Sequence[Instances], found: Sequence[Instances], num_
         truth = COCO()
         truth.dataset = {
             "images": [{"id": i} for i in range(len(truths))],
-            "categories": [{"id": k} for k in range(num_classes)],
+            "categories": [{"id": k} for k in {a["category_id"] for a in [*annotations, *results]}],
             "annotations": [{**entry, "id": i, "iscrowd": 0} for i, entry in enumerate(annotations, 1)],
         }
         truth.createIndex()
         evaluation = COCOeval(truth, truth.loadRes(results), "bbox")
+        evaluation.params.useCats = not any_class
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()

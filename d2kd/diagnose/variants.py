@@ -5,10 +5,12 @@ from typing import Any, Callable, List, NamedTuple, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..dense import preprocess
 from ..keys import key
 from ..teacher import Teacher
-from .sample import ImageResult, Sample, focal_loss
+from .sample import ImageResult, Sample, average_precision, focal_loss
 
 # Common means and deviations of pixels, BGR.
 IMAGENET_MEAN = (103.53, 116.28, 123.675)
@@ -18,9 +20,12 @@ PIXEL_STATISTICS = (
     ((0.0, 0.0, 0.0), (255.0, 255.0, 255.0)),
     ((127.5, 127.5, 127.5), (127.5, 127.5, 127.5)),
 )
+#: Label of the way that ignores classes.
+ANY_CLASS = "any class"
 
 
-def _where() -> str:
+def where() -> str:
+    """Where a teacher's own settings are."""
     return f"in the teacher's own config or by {key('MODEL.DISTILL.TEACHER.OPTS')}"
 
 
@@ -31,6 +36,7 @@ class Variant(NamedTuple):
         label: its name in the report.
         diagnosis: what is wrong, and the fix, if this way is clearly better than the configured one.
         teacher: the teacher as used in this way.
+        see: changes the sample.
         loss: computes the loss of an image from the teacher's result.
         of_classes: whether it concerns only the classes.
     """
@@ -38,12 +44,31 @@ class Variant(NamedTuple):
     label: str
     diagnosis: str
     teacher: Teacher
+    see: Callable[[Sample], Sample] = lambda sample: sample
     loss: Callable[[Any], Tensor] = lambda result: result.loss()
     of_classes: bool = False
 
-    def losses(self, sample: Sample) -> Tensor:
-        """Loss of each image, (N,)."""
-        return torch.stack([self.loss(result) for result in sample.results(self.teacher)])
+    def measured(self, sample: Sample) -> "Measured":
+        """Measures the teacher on a sample."""
+        seen = self.see(sample)
+        losses = torch.stack([self.loss(result) for result in seen.results(self.teacher)])
+        return Measured(self, losses, *average_precision(seen, self.teacher))
+
+
+class Measured(NamedTuple):
+    """How well a teacher detects if it is used in one way.
+
+    Attributes:
+        variant: the way.
+        losses: of each image, (N,).
+        ap: COCO AP, in percent.
+        ap50: COCO AP50, in percent.
+    """
+
+    variant: Variant
+    losses: Tensor
+    ap: float
+    ap50: float
 
 
 def pixel_variants(teacher: Teacher) -> List[Variant]:
@@ -51,14 +76,14 @@ def pixel_variants(teacher: Teacher) -> List[Variant]:
     order = teacher.input_format
     own = [x.flatten().tolist() for x in (teacher.detector.pixel_mean, teacher.detector.pixel_std)]
     other = "RGB" if order == "BGR" else "BGR"
-    diagnosis = f"the teacher seems to expect {other} and gets {order}: set INPUT.FORMAT {other} {_where()}"
+    diagnosis = f"the teacher seems to expect {other} and gets {order}: set INPUT.FORMAT {other} {where()}"
     variants = [Variant(f"channel order {other}", diagnosis, with_pixels(teacher, other, *own))]
     for pair in PIXEL_STATISTICS:
         mean, std = ([*x[::-1]] if order == "RGB" else [*x] for x in pair)
         if not torch.allclose(torch.tensor([mean, std]), torch.tensor(own)):
             diagnosis = (
                 f"the teacher seems to expect pixels of another scale: set MODEL.PIXEL_MEAN {mean} and MODEL.PIXEL_STD "
-                f"{std} {_where()}"
+                f"{std} {where()}"
             )
             variants.append(Variant(f"pixel mean {mean}, std {std}", diagnosis, with_pixels(teacher, order, mean, std)))
     return variants
@@ -66,12 +91,43 @@ def pixel_variants(teacher: Teacher) -> List[Variant]:
 
 def with_pixels(teacher: Teacher, input_format: str, mean: Sequence[float], std: Sequence[float]) -> Teacher:
     """The same teacher with another channel order and other pixel statistics; it shares the weights."""
+    changed = with_parts(teacher)
+    for name, values in (("pixel_mean", mean), ("pixel_std", std)):
+        changed.network._buffers[name] = teacher.detector.pixel_mean.new_tensor(values).view(-1, 1, 1)
+    changed.input_format = input_format
+    return changed
+
+
+def with_parts(teacher: Teacher, **parts: Any) -> Teacher:
+    """The same teacher with other parts (attributes of the detector); it shares the weights."""
     teacher.prepare()
     detector = copy.copy(teacher.network)
-    detector._buffers = dict(detector._buffers)  # do not change the teacher's own
-    for name, values in (("pixel_mean", mean), ("pixel_std", std)):
-        detector._buffers[name] = teacher.detector.pixel_mean.new_tensor(values).view(-1, 1, 1)
-    return Teacher(detector, input_format)
+    detector._modules, detector._buffers = dict(detector._modules), dict(detector._buffers)  # not the teacher's own
+    for name, part in parts.items():
+        setattr(detector, name, part)
+    return Teacher(detector, teacher.input_format)
+
+
+def norm_variants(sample: Sample, teacher: Teacher) -> List[Variant]:
+    """The teacher with the BatchNorm statistics of the sample, if it has BatchNorm."""
+    teacher.prepare()
+    changed = Teacher(copy.deepcopy(teacher.network), teacher.input_format)
+    norms = [module for module in changed.network.modules() if isinstance(module, _BatchNorm)]
+    if not norms:
+        return []
+    for norm in norms:
+        norm.train().reset_running_stats()
+        norm.momentum = None  # a plain average over the images
+    with torch.no_grad():
+        for image in sample.images:
+            images = preprocess(changed.detector, [image], sample.input_format != changed.input_format)
+            changed.detector.backbone(images.tensor)
+    changed.network.eval()
+    diagnosis = (
+        "the teacher's BatchNorm statistics do not fit its weights, as if they had been reset: set "
+        f"{key('MODEL.DISTILL.TEACHER.WEIGHTS')} to a file that holds running_mean and running_var of its training"
+    )
+    return [Variant("BatchNorm statistics of these images", diagnosis, changed)]
 
 
 def shuffled(teacher: Teacher, part: str) -> Teacher:
@@ -89,10 +145,12 @@ def shuffled(teacher: Teacher, part: str) -> Teacher:
 def class_variants(sample: Sample, teacher: Teacher) -> List[Variant]:
     """The teacher with its classes in the order that fits best, and with classes guessed by their frequency."""
     results = sample.results(teacher)
-    order = best_class_order(results)
     shares = class_shares(results)
+    # There is no other order of a single class, but other classes.
+    single = len(sample.theirs) == 1
+    order = [best_single_class(sample, teacher)] if single else [sample.theirs[k] for k in best_class_order(results)]
     # Leave out classes that the sample does not show.
-    pairs = tuple((sample.own[i], sample.theirs[k]) for i, k in enumerate(order) if shares[i] > 0)
+    pairs = tuple((own, theirs) for own, theirs, share in zip(sample.own, order, shares) if share > 0)
 
     def by_share(result: ImageResult) -> Tensor:
         objectness = result.logits.sigmoid().amax(1, keepdim=True)
@@ -107,9 +165,18 @@ def class_variants(sample: Sample, teacher: Teacher) -> List[Variant]:
         "train it on the student's classes, or use methods that read features only"
     )
     return [
-        Variant(f"classes {order}", permuted, teacher, lambda r: r.loss_with(r.logits[:, order]), of_classes=True),
-        Variant("classes guessed by frequency", unknown, teacher, by_share, of_classes=True),
+        Variant(f"classes {order}", permuted, teacher, lambda seen: seen.with_classes(order), of_classes=True),
+        Variant(ANY_CLASS, unknown, teacher, Sample.without_classes, by_share, of_classes=True),
     ]
+
+
+def best_single_class(sample: Sample, teacher: Teacher) -> int:
+    """The teacher's class with the lowest loss on a sample of one class."""
+
+    def loss(k: int) -> float:
+        return float(sum(result.loss() for result in sample.with_classes([k]).results(teacher)))
+
+    return min(range(teacher.detector.num_classes), key=loss)
 
 
 def best_class_order(results: Sequence[ImageResult]) -> List[int]:

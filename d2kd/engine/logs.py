@@ -4,7 +4,7 @@ import logging
 import sys
 import traceback
 from contextlib import contextmanager
-from typing import Iterator, Sequence
+from typing import Iterator, List, Sequence
 
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
@@ -24,7 +24,9 @@ def run_logs(folder: str) -> Iterator[None]:
     loop = logging.getLogger("detectron2.engine.train_loop")
     loop.addFilter(_has_no_traceback)
     for name in LOGGERS:
-        setup_logger(folder, distributed_rank=comm.get_rank(), name=name)
+        # As default_setup calls it, whose own call then adds no second handler to a logger that is set up.
+        setup_logger(folder, distributed_rank=comm.get_rank(), **({} if name == "detectron2" else {"name": name}))
+    _tell_write_errors_once(folder)
     try:
         yield
     except Exception:
@@ -38,6 +40,22 @@ def run_logs(folder: str) -> Iterator[None]:
             logger.setLevel(level)
             logger.propagate = propagate
         setup_logger.cache_clear()  # it adds no handlers a second time to a logger that it remembers
+
+
+def _tell_write_errors_once(folder: str) -> None:
+    """A full disk ends a run when it writes what is needed later; without a log it goes on, with one line about it."""
+    told: List[OSError] = []
+
+    def handle_error(record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            logging.Handler().handleError(record)
+        elif not told:
+            told.append(error)
+            print(f"the log in {folder} could not be written ({error.strerror}); going on without it", file=sys.stderr)
+
+    for handler in {handler for name in LOGGERS for handler in logging.getLogger(name).handlers}:
+        handler.handleError = handle_error  # type: ignore[method-assign]
 
 
 def _has_no_traceback(record: logging.LogRecord) -> bool:

@@ -73,7 +73,7 @@ def describe_file(path: str, what: str) -> Dict[str, str]:
     try:
         local = PathManager.get_local_path(urlparse(path)._replace(query="").geturl())
         return {"path": path, "file": os.path.abspath(local), "sha256": _sha256(local)}
-    except OSError as error:
+    except (OSError, RuntimeError, KeyError) as error:  # the last two: unknown to detectron2's catalog
         raise D2kdError(f"{what} {path} cannot be read ({error}); check the path") from error
 
 

@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from ..checkpoint.run_checkpoints import RunCheckpointer
 from ..data.bad_images import BadImages
 from ..diagnose.preflight import check_teacher
-from ..errors import known_mistakes
+from ..errors import D2kdError, known_mistakes
 from .accumulate import accumulate
 from .devices import wrap_ddp
 from .hooks import EMA, Evaluation, Reproducible, Saving, Watch
@@ -113,8 +113,37 @@ class Trainer(DefaultTrainer):
         super().after_train()
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
-        """Loads the state of a checkpoint; those of stock LazyConfig runs hold the inner trainer's alone."""
-        super().load_state_dict({"_trainer": state_dict, **state_dict})
+        """Loads the state of a checkpoint; those of stock LazyConfig runs hold the inner trainer's alone.
+
+        Raises:
+            D2kdError: it holds the state of another optimizer.
+        """
+        state = {"_trainer": state_dict, **state_dict}
+        settings = [{**group} for group in self._trainer.optimizer.param_groups]
+        self._check_optimizer(settings, state["_trainer"]["optimizer"]["param_groups"])
+        super().load_state_dict(state)
+        self._keep_settings(settings)
+
+    def _check_optimizer(self, own: List[Dict[str, Any]], saved: List[Dict[str, Any]]) -> None:
+        same = [len(group["params"]) for group in own] == [len(group["params"]) for group in saved]
+        for one, other in zip(own, saved):  # versions of torch only add keys, or only drop them
+            same = same and (one.keys() <= other.keys() or one.keys() >= other.keys())
+        if not same:
+            raise D2kdError(
+                "the checkpoint holds the state of another optimizer, or of other weights: keep the optimizer as it "
+                f"was, or start a new run with {self.recipe.key('MODEL.WEIGHTS')} set to the checkpoint"
+            )
+
+    def _keep_settings(self, settings: List[Dict[str, Any]]) -> None:
+        """Puts back what the config sets, such as a learning rate that has changed; checkpoints hold these too."""
+        groups = self._trainer.optimizer.param_groups
+        for group, own in zip(groups, settings):
+            group.update({key: value for key, value in own.items() if key not in ("params", "lr")})
+        base_rates = [group.get("initial_lr", group["lr"]) for group in groups]
+        if base_rates != self.scheduler.base_lrs:
+            self.scheduler.base_lrs = base_rates
+            for group, rate in zip(groups, self.scheduler.get_lr()):
+                group["lr"] = rate
 
     def build_hooks(self) -> List[HookBase]:
         """Makes detectron2's hooks and d2kd's, in the order in which they run."""

@@ -95,6 +95,7 @@ class ClampedBoxTransform:
     """
 
     def __init__(self, weights: Tuple[float, float, float, float]) -> None:
+        self.weights = weights
         self._transform = Box2BoxTransform(weights)
 
     def apply_deltas(self, deltas: Tensor, boxes: Tensor) -> Tensor:
