@@ -2,6 +2,7 @@
 #   make demo        train a teacher, a plain student and a distilled student on small images, and write a report
 #   make test        all tests
 #   make test-fast   the tests for every day: all but those marked slow
+#   make docs        build the documentation as a site, in site/
 #   make lint        ruff: rules and format
 #   make types       mypy
 #   make setup       only the environment
@@ -30,7 +31,7 @@ ITERATIONS ?= 200
 RUN = $(if $(filter system,$(VENV)),$(PYTHON),$(VENV)/bin/python)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast lint types
+.PHONY: help setup demo test test-fast docs lint types
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -47,6 +48,10 @@ test: setup
 
 test-fast: setup
 	$(RUN) -m pytest -m "not slow" $(PYTEST_OPTIONS) $(TESTS)
+
+docs: setup
+	$(RUN) scripts/options.py
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
 
 lint: setup
 	$(RUN) -m ruff check .

@@ -1,6 +1,8 @@
 """Every link, path and config that the documents name exists; the commands' help runs."""
 
+import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +11,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "datasets" / "README.md"]
-PATH = re.compile(r"(?<![\w/.])((?:configs|tools|d2kd|tests|docs|datasets|scripts)/[\w./-]+\.(?:yaml|py|md|png|sh))")
+PATH = re.compile(
+    r"(?<![\w/.])((?:configs|tools|d2kd|tests|docs|datasets|scripts)/[\w./-]+\.(?:yaml|py|md|png|svg|sh))"
+)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
@@ -42,3 +46,54 @@ def test_help_does_not_wait_for_imports(script):
     done = subprocess.run([sys.executable, "-X", "importtime", "-c", run], capture_output=True, text=True)
     assert "usage:" in done.stdout
     assert "torch" not in done.stderr
+
+
+def test_readme_is_short_and_has_the_commands():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 110
+    for command in (
+        "make demo\nmake test\n",
+        "python train_net.py --config-file configs/crosskd_retinanet_R18.yaml --num-gpus 8\n",
+        "python tools/distill.py --train-data ",
+        "--eval-only MODEL.WEIGHTS ",
+        "python train_net.py --config-file configs/lazy/",
+    ):
+        assert command in text
+
+
+def test_every_option_is_on_its_page():
+    """`python scripts/options.py` writes the page."""
+    pytest.importorskip("griffe")
+    script = runpy.run_path(str(ROOT / "scripts" / "options.py"))
+    text = (ROOT / "docs" / "options.md").read_text()
+    assert text == script["page"]()
+    keys = [key for key, _ in script["new_keys"]()]
+    assert {"MODEL.FCOS.CLIP_BEFORE_NMS", "MODEL.DISTILL.CROSSKD.CUT", "SOLVER.ACCUMULATE"} <= {*keys}
+    assert [key for key in keys if f"\n| `{key.rpartition('.')[2]}` | `" not in text] == []
+
+
+def test_every_method_has_a_citation():
+    from d2kd.methods import method_names
+
+    text = (ROOT / "docs" / "citations.md").read_text()
+    entries = dict(re.findall(r"^## (\w+)\n\n```bibtex\n(.*?)```", text, re.MULTILINE | re.DOTALL))
+    assert entries.keys() >= {*method_names()}
+    methods = (ROOT / "docs" / "methods.md").read_text()
+    numbers = [re.search(r"eprint += {([\d.]+)}", entry).group(1) for entry in entries.values()]
+    assert [number for number in numbers if f"arxiv.org/abs/{number}" not in methods] == []
+
+
+@pytest.mark.slow
+def test_the_site_builds(tmp_path):
+    """Strictly: a link to nothing, or a page that the navigation does not have, is an error."""
+    pytest.importorskip("mkdocs")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", tmp_path]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "CLIP_BEFORE_NMS" in (tmp_path / "options.html").read_text()
+    assert "loads into stock detectron2" in (tmp_path / "index.html").read_text()
+    assert (tmp_path / "d2kd" / "meta_arch.py").is_file()  # pages link to it
+    api = (tmp_path / "api.html").read_text()
+    assert "Makes a student out of a detector" in api
+    assert ":func:" not in api

@@ -1,4 +1,4 @@
-"""The code in docs/python_api.md runs, from the first block to the last, as a reader would type it."""
+"""The code in docs/python_api.md and README.md runs, from the first block to the last, as a reader would type it."""
 
 import re
 from pathlib import Path
@@ -12,6 +12,7 @@ import d2kd
 
 PAGE = (CONFIGS.parent / "docs" / "python_api.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+README = (CONFIGS.parent / "README.md").read_text()
 
 
 @pytest.mark.slow
@@ -31,3 +32,13 @@ def test_the_page_runs(
     saved = torch.load("student.pth")
     assert saved.keys() == page["plain"].state_dict().keys()
     assert "loss_crosskd_cls" in page["student"](page["batch"])
+    check_readme(page["batch"])
+
+
+def check_readme(batch: list) -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    names = {"batch": batch}
+    Path("student.pth").unlink()
+    exec(compile(block, "README.md", "exec"), names)
+    assert {"loss_cls", "loss_crosskd_cls", "loss_pkd_feature"} <= names["losses"].keys()
+    assert torch.load("student.pth").keys() == names["detector"].state_dict().keys()
