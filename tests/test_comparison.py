@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import sys
+from argparse import Namespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from small import CONFIGS, save_teacher
 from d2kd.errors import D2kdError
 from d2kd.experiments import comparison
 from d2kd.experiments import costs as costs_module
-from d2kd.experiments.comparison import Comparison
+from d2kd.experiments.comparison import Comparison, from_arguments
 from d2kd.experiments.pseudo_labels import add_pseudo_labels
 from d2kd.experiments.rows import parse_row
 from d2kd.experiments.series import Run
@@ -168,6 +169,32 @@ def test_what_runs_are_told(settings):
 def test_mistakes(settings, changes, message):
     with pytest.raises(D2kdError, match=message):
         Comparison(**{**settings, **changes}).run()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"student": "", "data": ["train=a.json:b", "val=c.json:d"]}, "without --student there are only"),
+        ({"data": ["bccd"]}, "--data takes train=annotations.json:images val="),
+        ({"data": ["train=a.json", "val=c.json:d"]}, "--data takes train="),
+        ({"teacher": ""}, "--student needs a --teacher"),
+    ],
+)
+def test_arguments_that_do_not_fit(changes, message):
+    given = {"student": "s.yaml", "teacher": "t.yaml", "data": ["train=a.json:b", "val=c.json:d"], **changes}
+    with pytest.raises(D2kdError, match=message):
+        from_arguments(Namespace(**given))
+
+
+def test_arguments(tmp_path, monkeypatch):
+    """Files are found wherever the command starts."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "t.pth").write_text("")
+    given = {"student": "s.yaml", "data": ["train=a.json:b", "val=c.json:d"], "methods": ["plain"], "seeds": 2}
+    made = from_arguments(Namespace(**given, teacher="t.yaml:t.pth", output=""))
+    assert (made.train, made.val) == (f"{tmp_path}/a.json:{tmp_path}/b", f"{tmp_path}/c.json:{tmp_path}/d")
+    assert (made.teacher, made.weights) == ("t.yaml", f"{tmp_path}/t.pth")
+    assert (made.methods, made.seeds, made.output) == (["plain"], 2, "output/comparison")
 
 
 def test_costs(tmp_path, monkeypatch):

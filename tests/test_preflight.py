@@ -10,9 +10,9 @@ import torch
 from detectron2.data import DatasetMapper, get_detection_dataset_dicts
 from detectron2.modeling import build_model
 from detectron2.utils import comm
-from detectron2.utils.events import EventStorage
 from messages import rows_of
 from small import CONFIGS, build, distill_config, small_config
+from teachers import train_by_heart
 
 from d2kd.checkpoint import files
 from d2kd.data import register_builtin
@@ -43,20 +43,8 @@ def folder(tmp_path_factory, loader):
     folder = tmp_path_factory.mktemp("teachers")
     batch = [loader.dataset[index, index] for index in range(IMAGES)]
     for kind in ("RetinaNet", "GFL"):
-        torch.manual_seed(0)
-        model = build_model(small_config(*BN, "MODEL.META_ARCHITECTURE", kind)).train()
-        optimizer = torch.optim.AdamW(model.parameters())
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.003, total_steps=ITERATIONS)
-        for iteration in range(ITERATIONS):
-            if iteration == WEAK:  # trained for so long only
-                torch.save({"model": model.state_dict()}, folder / f"weak_{kind}.pth")
-            with EventStorage():
-                sum(model(batch).values()).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-        torch.save({"model": model.state_dict()}, folder / f"{kind}.pth")
+        cfg = small_config(*BN, "MODEL.META_ARCHITECTURE", kind)
+        train_by_heart(cfg, batch, folder / f"{kind}.pth", ITERATIONS, weak=WEAK)
     return folder
 
 

@@ -15,9 +15,9 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper, get_detection_dataset_dicts
 from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.modeling import build_model
-from detectron2.utils.events import EventStorage
 from messages import rows_of
 from small import CONFIGS, build, distill_config, small_config
+from teachers import train_by_heart
 from torch import nn
 
 from d2kd.data.loader import build_train_loader
@@ -152,24 +152,6 @@ def loader(size: int) -> Any:
     return build_train_loader(dataset, mapper=mapper, total_batch_size=IMAGES, seed=0)
 
 
-def train(kind: str, path: Path) -> None:
-    """Trains a teacher on the first few images, and then its BatchNorm statistics."""
-    images = loader(SIZE).dataset
-    batch = [images[index, index] for index in range(IMAGES)]
-    torch.manual_seed(0)
-    model = build_model(config(kind)).train()
-    optimizer = torch.optim.AdamW(model.parameters())
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.003, total_steps=ITERATIONS)
-    for _ in range(ITERATIONS):
-        with EventStorage():
-            sum(model(batch).values()).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-    torch.save({"model": model.state_dict()}, path)
-
-
 def said(cause: Cause, kind: str, weights: Path, caplog: pytest.LogCaptureFixture) -> str:
     """What the pre-flight says: an error, a warning, or that the teacher passes."""
     teacher_opts = [str(x) for x in (*BN, "MODEL.META_ARCHITECTURE", kind, *cause.both, *cause.teacher)]
@@ -203,7 +185,9 @@ def outcome(cause: Cause, message: str) -> str:
 @pytest.mark.parametrize("kind", ["RetinaNet", "GFL", "FCOS"])
 def test_no_other_cause_is_named(kind, blood_cells, tmp_path, caplog):
     caplog.set_level(logging.WARNING, "d2kd")
-    train(kind, tmp_path / "teacher.pth")
+    images = loader(SIZE).dataset
+    batch = [images[index, index] for index in range(IMAGES)]
+    train_by_heart(config(kind), batch, tmp_path / "teacher.pth", ITERATIONS)
     tried = {name: cause for i, (name, cause) in enumerate(CAUSES.items()) if kind in kinds_for(i, cause)}
     messages = {name: said(cause, kind, tmp_path / "teacher.pth", caplog) for name, cause in tried.items()}
     outcomes = {name: outcome(cause, messages[name]) for name, cause in tried.items()}

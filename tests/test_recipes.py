@@ -28,6 +28,6 @@ def test_every_recipe_is_in_the_table():
     assert not [path for path in recipes() if path.name.startswith(("Base-", "demo_", "quick_"))]
 
 
-def test_cpu_time_grows_with_the_image():
+def test_cpu_time_is_measured():
     detector = build(small_config()).eval()
-    assert cpu_milliseconds(detector, (64, 64), repeats=1) > 0
+    assert cpu_milliseconds(detector, (128, 160), repeats=1) > 0

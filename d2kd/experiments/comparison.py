@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -273,4 +274,7 @@ def from_arguments(args: argparse.Namespace) -> Comparison:
     if not args.teacher:
         raise D2kdError("--student needs a --teacher to compare methods with; name its config")
     teacher, _, weights = args.teacher.partition(":")
-    return Comparison(args.student, teacher, sets["train"], sets["val"], weights, **settings)
+    # The runs start in d2kd's folder, wherever this command does.
+    train, val = (":".join(os.path.abspath(part) for part in sets[split].split(":", 1)) for split in ("train", "val"))
+    weights = os.path.abspath(weights) if os.path.isfile(weights) else weights
+    return Comparison(args.student, teacher, train, val, weights, **settings)

@@ -178,7 +178,7 @@ def _stage(feature: str) -> int:
 @BACKBONE_REGISTRY.register()
 def build_extra_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """Builds a ResNet and FPN from ``MODEL.RESNETS`` (DEPTH, BLOCKS, STEM_OUT_CHANNELS) and ``MODEL.FPN.EXTRA``."""
-    resnets, fpn = cfg.MODEL.RESNETS, cfg.MODEL.FPN
+    resnets = cfg.MODEL.RESNETS
     if resnets.DEPTH not in BLOCKS_OF_DEPTH:
         raise D2kdError(f"MODEL.RESNETS.DEPTH is {resnets.DEPTH}; use one of {sorted(BLOCKS_OF_DEPTH)}")
     bottom_up = make_resnet(
@@ -191,6 +191,12 @@ def build_extra_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
         stride_in_1x1=resnets.STRIDE_IN_1X1,
         in_channels=input_shape.channels,
     )
+    return fpn_of(cfg, bottom_up)
+
+
+def fpn_of(cfg: CfgNode, bottom_up: Backbone) -> FPN:
+    """Makes the FPN of ``MODEL.FPN`` on a bottom-up network; see :func:`make_fpn`."""
+    fpn = cfg.MODEL.FPN
     return make_fpn(
         bottom_up,
         fpn.IN_FEATURES,

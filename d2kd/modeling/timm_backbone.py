@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import check_choice
 from ..keys import key
 from ..ranges import TIMM_NORMS
-from .backbone import make_fpn
+from .backbone import fpn_of
 from .timm_models import check_name, check_pixels, create, download, load_classifier, pixel_statistics
 
 
@@ -138,20 +138,11 @@ def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """Builds a backbone of timm and an FPN from ``MODEL.TIMM``, ``MODEL.BACKBONE.FREEZE_AT`` and ``MODEL.FPN``.
 
     Raises:
-        D2kdError: see :class:`TimmBackbone`, :func:`check_pixels` and :func:`make_fpn`.
+        D2kdError: see :class:`TimmBackbone`, :func:`check_pixels` and :func:`fpn_of`.
     """
     timm, fpn = cfg.MODEL.TIMM, cfg.MODEL.FPN
     bottom_up = TimmBackbone(
         timm.NAME, timm.PRETRAINED, fpn.IN_FEATURES, timm.NORM, cfg.MODEL.BACKBONE.FREEZE_AT, input_shape.channels
     )
     check_pixels(bottom_up, cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD, cfg.INPUT.FORMAT)
-    return make_fpn(
-        bottom_up,
-        fpn.IN_FEATURES,
-        fpn.OUT_CHANNELS,
-        norm=fpn.NORM,
-        fuse_type=fpn.FUSE_TYPE,
-        extra_in_feature=fpn.EXTRA.IN_FEATURE,
-        num_extra=fpn.EXTRA.NUM_LEVELS,
-        relu=fpn.EXTRA.RELU,
-    )
+    return fpn_of(cfg, bottom_up)
