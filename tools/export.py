@@ -72,14 +72,13 @@ def in_pytorch(label: str, detector: DenseDetector, args: argparse.Namespace) ->
 def others(args: argparse.Namespace) -> list[tuple[str, DenseDetector]]:
     """The detectors of --compare."""
     from d2kd.errors import D2kdError
-    from d2kd.export import load_detector
+    from d2kd.export import load_detector, split_label
 
     loaded = []
     for text in args.compare:
-        label, equals, files = text.partition("=")
-        config, colon, weights = files.partition(":")
-        if not (equals and colon):
-            raise D2kdError(f"--compare {text}: write label=config:weights, as in teacher=retinanet_R50.yaml:r50.pth")
+        label, config, weights = split_label(text)
+        if not config:
+            raise D2kdError(f"--compare {text}: write label=config:weights")
         loaded.append((label, load_detector(config, weights, device=args.device)))
     return loaded
 
@@ -89,9 +88,10 @@ def run(args: argparse.Namespace) -> None:
     import torch
     from tabulate import tabulate
 
-    from d2kd.contract import channel_order
     from d2kd.errors import D2kdError
     from d2kd.export import evaluation_size, load_detector
+    from d2kd.exported import REPORT
+    from d2kd.predict import describe_export
 
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args.size = tuple(args.size or evaluation_size(args.config_file, args.opts))
@@ -107,13 +107,13 @@ def run(args: argparse.Namespace) -> None:
         agreements, row = write(kind, detector, args)
         checks += agreements
         rows.append(row)
-    channels = channel_order(detector)
+    about = describe_export(args.config_file, args.opts, args.weights, detector)
     settings = {key: str(value) for key, value in vars(args).items()}
-    result = {"settings": settings, "input_format": channels, "checks": checks, "models": rows}
-    (args.output / "export.json").write_text(json.dumps(result, indent=1) + "\n")
+    result = {"settings": settings, **about.to_json(), "checks": checks, "models": rows}
+    (args.output / REPORT).write_text(json.dumps(result, indent=1) + "\n")
     print(tabulate(checks, headers=HEADINGS, tablefmt="github", floatfmt=".2g"), end="\n\n")
     print(tabulate(rows, headers="keys", tablefmt="github", floatfmt=".1f"), end="\n\n")
-    print(f"wrote {args.output}: image (3, height, width) float32, 0 to 255, {channels}")
+    print(f"wrote {args.output}: image (3, height, width) float32, 0 to 255, {about.input_format}")
 
 
 def main() -> int:
