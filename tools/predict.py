@@ -22,24 +22,8 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 # The functions import d2kd, which takes seconds: --help does not need it.
-if TYPE_CHECKING:
-    from d2kd.data.own import OwnData
-
-
-def data_of(args: argparse.Namespace) -> tuple[str, OwnData | None]:
-    """The name of the data set that --val-data names, and own data; "" if it is not given."""
-    from detectron2.data import DatasetCatalog
-
-    from d2kd.data.own import prepare_own_data
-
-    if not args.val_data or args.val_data in DatasetCatalog:
-        return args.val_data, None
-    data = prepare_own_data((), [args.val_data], 0.0, args.output / "data")
-    data.register()
-    return data.val[0].name, data
 
 
 def show_comparison(args: argparse.Namespace) -> None:
@@ -47,13 +31,13 @@ def show_comparison(args: argparse.Namespace) -> None:
     from tabulate import tabulate
 
     from d2kd.errors import D2kdError
-    from d2kd.predict import compare, open_predictor, split_label
+    from d2kd.predict import compare, find_data, open_predictor, split_label
 
     if args.inputs or args.weights or args.config_file:
         raise D2kdError("--compare names all detectors itself, and --val-data the images; leave out the rest")
     if not args.val_data:
         raise D2kdError("--compare needs images with ground truth: add --val-data val.json:images")
-    name, data = data_of(args)
+    name, data = find_data(args.val_data, args.output / "data")
     predictors = {}
     for text in args.compare:
         label, config, weights = split_label(text)
@@ -72,14 +56,14 @@ def show_comparison(args: argparse.Namespace) -> None:
 def predict(args: argparse.Namespace) -> None:
     """Detects objects in the inputs."""
     from d2kd.errors import D2kdError
-    from d2kd.predict import find_inputs, open_predictor, write_predictions
+    from d2kd.predict import find_data, find_inputs, open_predictor, write_predictions
 
     if not args.inputs:
         raise D2kdError("name images, folders or videos to detect objects in, or detectors to --compare")
     if not args.weights:
         raise D2kdError("name a checkpoint or an exported file: --weights output/model_final.pth")
     inputs = find_inputs(args.inputs)
-    name, data = data_of(args)
+    name, data = find_data(args.val_data, args.output / "data")
     predictor = open_predictor(args.weights, args.config_file, args.opts, args.device, data)
     predictor = predictor.with_names(args.names, name)
     written = write_predictions(predictor, inputs, args.output, args.min_score)

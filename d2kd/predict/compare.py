@@ -132,6 +132,23 @@ def check_classes(label: str, predictor: Predictor, categories: Categories, data
         )
 
 
+def evaluate(predictor: Predictor, data_set: str, label: str) -> Score:
+    """Evaluates a detector on a data set.
+
+    Args:
+        predictor: of the detector.
+        data_set: name of a registered data set in COCO's format.
+        label: what to call the detector in messages.
+
+    Raises:
+        D2kdError: the data set cannot be read, or the detector's classes are others.
+    """
+    truth, categories = _read_truth(data_set), registered_categories(data_set)
+    check_classes(label, predictor, categories, data_set)
+    entries = DatasetCatalog.get(data_set)
+    return Scorer(truth, detect(predictor, entries, categories, label))([entry["image_id"] for entry in entries])
+
+
 def detect(predictor: Predictor, entries: Sequence[Mapping[str, Any]], categories: Categories, label: str) -> List:
     """Detections in all images of a data set, as entries of COCO's results."""
     results = []

@@ -113,16 +113,26 @@ def open_predictor(
         model = recipe.build_model().eval()
     load_strict(model, weights)
     input_format, augmentations = preparation(recipe)
-    return Predictor(model, input_format, augmentations, categories_of(recipe, weights))
+    return Predictor(model, input_format, augmentations, categories_of(recipe, weights, num_classes(model)))
 
 
 def _open_exported(weights: str, device: str, data: Optional[OwnData]) -> Predictor:
     report = read_report(weights)
+    if data:
+        report = report._replace(categories=read_classes(data.val[0].json_file))
+    return predictor_of(load_exported(weights, report.score_threshold, device), report)
+
+
+def predictor_of(model: nn.Module, report: ExportReport) -> Predictor:
+    """The predictor of a detector, or of a file that it was exported to.
+
+    Args:
+        model: takes and returns what detectron2's models do.
+        report: from :func:`describe_export`.
+    """
     shortest, longest = report.edges
     resize = [T.ResizeShortestEdge([shortest] * 2, longest)] if shortest else []
-    categories = read_classes(data.val[0].json_file) if data else report.categories
-    model = load_exported(weights, report.score_threshold, device)
-    return Predictor(model, report.input_format, T.AugmentationList(resize), categories)
+    return Predictor(model, report.input_format, T.AugmentationList(resize), report.categories)
 
 
 def _config_of_run(weights: str) -> Tuple[str, List[str]]:
@@ -140,7 +150,8 @@ def describe_export(config_file: str, opts: Sequence[str], weights: str, detecto
     recipe = load_for_evaluation(config_file, opts)
     threshold = float(cast(float, detector.test_score_thresh))
     edges = evaluation_edges(recipe.config)
-    return ExportReport(channel_order(detector), edges, threshold, categories_of(recipe, weights))
+    categories = categories_of(recipe, weights, num_classes(detector))
+    return ExportReport(channel_order(detector), edges, threshold, categories)
 
 
 def preparation(recipe: Recipe) -> Tuple[str, T.AugmentationList]:
@@ -159,19 +170,23 @@ def preparation(recipe: Recipe) -> Tuple[str, T.AugmentationList]:
     return mapper.image_format, mapper.augmentations
 
 
-def categories_of(recipe: Recipe, weights: str = "") -> Categories:
+def categories_of(recipe: Recipe, weights: str, count: Optional[int]) -> Categories:
     """Names of classes by category id: of the config's data sets, or of the run that a checkpoint belongs to.
 
+    Args:
+        recipe: of the config.
+        weights: the checkpoint.
+        count: number of the detector's classes, if it says.
+
     Returns:
-        Them in the order of the detector's classes; empty if no data set is here.
+        Them in the order of the detector's classes; empty if no data set with as many classes is here.
     """
-    for name in (*recipe.test_sets, *recipe.train_sets):
-        if name in DatasetCatalog and registered_categories(name):
-            return registered_categories(name)
+    names = [name for name in (*recipe.test_sets, *recipe.train_sets) if name in DatasetCatalog]
     recorded = Path(weights).parent / DATA_FILE
     sets = json.loads(recorded.read_text()).values() if recorded.is_file() else ()
     files = [data["file"] for data in sets if Path(data["file"]).is_file()]
-    return read_classes(files[0]) if files else {}
+    found = [*map(registered_categories, names), *map(read_classes, files)]
+    return next((x for x in found if x and count in (None, len(x))), {})
 
 
 def registered_categories(name: str) -> Categories:
