@@ -86,8 +86,7 @@ def load_detector(config_file: str, weights: str, opts: Sequence[str] = (), devi
     Raises:
         D2kdError: there is no such config or file, the detector cannot be exported, or the weights do not fill it.
     """
-    path = find_config(config_file)
-    cfg = _load(path, opts)
+    cfg = _load(config_file, opts)
     if isinstance(cfg, CfgNode):
         cfg.MODEL.DEVICE = device
         detector = build_model(cfg)
@@ -109,22 +108,43 @@ def _load(config_file: str, opts: Sequence[str]) -> Any:
     return cfg
 
 
+def split_label(text: str) -> Tuple[str, str, str]:
+    """Splits ``label=config:weights``, or ``label=weights`` without a config.
+
+    Raises:
+        D2kdError: it is neither.
+    """
+    label, equals, files = text.partition("=")
+    config, colon, weights = files.partition(":") if ":" in files else ("", "", files)
+    if not (label and equals and weights) or (colon and not config):
+        raise D2kdError(f"--compare {text}: write label=config:weights, as in teacher=retinanet_R50.yaml:r50.pth")
+    return label, config, weights
+
+
 def evaluation_size(config_file: str, opts: Sequence[str] = ()) -> Tuple[int, int]:
     """Height and width of a wide image after the resizing of a config's evaluation: its shortest and longest side.
 
     They are INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST, or those of ``ResizeShortestEdge`` in a LazyConfig's
     ``dataloader.test.mapper``; 800 and 1333 if the config does not resize.
     """
-    cfg = _load(config_file, opts)
+    shortest, longest = evaluation_edges(_load(config_file, opts))
+    shortest, longest = shortest or DEFAULT_SIZE[0], longest or DEFAULT_SIZE[1]
+    return min(shortest, longest), longest
+
+
+def evaluation_edges(cfg: Any) -> Tuple[int, int]:
+    """Shortest and longest side of images after a config's resizing for evaluation; 0 where it sets none.
+
+    Args:
+        cfg: a config of either style.
+    """
     if isinstance(cfg, CfgNode):
         shortest, longest = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
     else:
         augmentations = OmegaConf.select(cfg, TEST_AUGMENTATIONS) or []
         sizes = [x for x in augmentations if isinstance(x, Mapping) and "short_edge_length" in x]
         shortest, longest = (sizes[0]["short_edge_length"], sizes[0].get("max_size", 0)) if sizes else (0, 0)
-    shortest = shortest if isinstance(shortest, int) else max(shortest)  # a LazyConfig may give several
-    shortest, longest = shortest or DEFAULT_SIZE[0], longest or DEFAULT_SIZE[1]
-    return min(shortest, longest), longest
+    return shortest if isinstance(shortest, int) else max(shortest), longest  # a LazyConfig may give several
 
 
 def export_torchscript(detector: DenseDetector, path: Path, size: Tuple[int, int]) -> Run:
@@ -138,7 +158,12 @@ def export_torchscript(detector: DenseDetector, path: Path, size: Tuple[int, int
     with _quiet():
         traced = torch.jit.trace(Exportable(detector), _example(size, detector.device), check_trace=False)
         traced.save(str(path))
-        return torch.jit.load(str(path), map_location=detector.device)
+        return load_torchscript(path, detector.device)
+
+
+def load_torchscript(path: Path, device: Any = "cpu") -> Run:
+    """Loads a TorchScript file onto a device."""
+    return torch.jit.load(str(path), map_location=device)
 
 
 def export_onnx(detector: DenseDetector, path: Path, size: Tuple[int, int]) -> Run:
@@ -152,9 +177,7 @@ def export_onnx(detector: DenseDetector, path: Path, size: Tuple[int, int]) -> R
     Raises:
         D2kdError: onnx or onnxruntime is missing.
     """
-    missing = [name for name in ("onnx", "onnxruntime") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise D2kdError(f"ONNX needs {' and '.join(missing)}: pip install {' '.join(missing)}, or --format torchscript")
+    _need("onnx", "onnxruntime")
     exportable = Exportable(detector).cpu()
     sides = {1: "height", 2: "width"}
     torch.onnx.register_custom_op_symbolic("aten::sort", _stable_sort, OPSET)
@@ -173,7 +196,7 @@ def export_onnx(detector: DenseDetector, path: Path, size: Tuple[int, int]) -> R
             )
     finally:
         torch.onnx.unregister_custom_op_symbolic("aten::sort", OPSET)
-    return _onnx_session(path)
+    return load_onnx(path)
 
 
 def _stable_sort(graph: Any, values: Any, stable: Any, dim: Any, descending: Any) -> Any:
@@ -184,7 +207,19 @@ def _stable_sort(graph: Any, values: Any, stable: Any, dim: Any, descending: Any
     return graph.op("TopK", values, graph.op("Shape", values), axis_i=0, largest_i=1, outputs=2)
 
 
-def _onnx_session(path: Path) -> Run:
+def _need(*packages: str) -> None:
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise D2kdError(f"ONNX needs {' and '.join(missing)}: pip install {' '.join(missing)}, or --format torchscript")
+
+
+def load_onnx(path: Path, device: Any = "cpu") -> Run:
+    """Loads an ONNX file with onnxruntime, on the CPU whatever the device.
+
+    Raises:
+        D2kdError: onnxruntime is missing.
+    """
+    _need("onnxruntime")
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

@@ -35,11 +35,11 @@ def test_ratios_by_hand():
 
 
 def test_warnings_about_weights_that_are_too_large_or_too_small():
-    said = weight_warnings({"a": 10.1, "b": 1.0, "c": 0.009, "d": 0.0}, ["a", "b", "c", "d"])
+    said = weight_warnings({"a": 20.0, "b": 1.0, "c": 0.005, "d": 0.0}, ["a", "b", "c", "d"], {"a": 6.0, "b": 1.0})
     assert len(said) == 3
     assert all(words in text for words, text in zip(("of a at", "of c at", "d does"), said))
-    assert "lower" in said[0]
-    assert "raise" in said[1]
+    assert "lower its weight to about 0.3," in said[0]
+    assert "raise its weights, to 2e+02 times what they are" in said[1]
     assert "does not reach" in said[2]
 
 

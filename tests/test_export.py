@@ -13,8 +13,11 @@ import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
+from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 from small import CONFIGS, save_teacher
 from torch import Tensor, nn
 
@@ -186,7 +189,7 @@ def test_tool_writes_files_and_a_table(tmp_path: Path, call: Callable[..., int],
     assert call("--config-file", DISTILL, "--weights", student, "--output", output, "--compare", *compare) == 0
     report = json.loads((output / "export.json").read_text())
     rows = {row["model"]: row for row in report["models"]}
-    assert list(rows) == ["teacher", "plain", "student", "model.ts", "model.onnx (onnxruntime, CPU)"]
+    assert list(rows) == ["teacher", "plain", "student", "model.ts", "model.onnx (opset 17, onnxruntime, CPU)"]
     assert rows["teacher"]["parameters (M)"] > rows["plain"]["parameters (M)"] == rows["student"]["parameters (M)"]
     assert rows["model.ts"]["size (MB)"] == (output / "model.ts").stat().st_size / 1e6
     assert all(row["ms (median)"] > 0 for row in rows.values())
@@ -210,9 +213,40 @@ def test_tool_writes_files_and_a_table(tmp_path: Path, call: Callable[..., int],
         torch.testing.assert_close(torch.from_numpy(ours), theirs, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.slow
+def test_the_table_has_the_ap_of_each_file(tmp_path: Path, call: Callable[..., int], blood_cells: Path) -> None:
+    weights = save_teacher(tmp_path / "student.pth")
+    args = ["--config-file", DISTILL, "--weights", weights, "--evaluate", "--output", tmp_path / "out"]
+    assert call(*args, "--compare", f"same={CONFIGS}/quick_retinanet.yaml:{weights}") == 0
+    report = json.loads((tmp_path / "out" / "export.json").read_text())
+    aps = {row["model"]: row["AP"] for row in report["models"]}
+    expected = evaluate_command(weights, tmp_path)
+    assert expected > 0
+    assert len(aps) == 4
+    assert aps == {name: pytest.approx(expected, rel=1e-3) for name in aps}
+    assert report["edges"] == [128, 256]
+    assert [name for _, name in report["categories"]] == ["RBC", "WBC", "Platelets"]
+
+
+def evaluate_command(weights: Path, folder: Path) -> float:
+    """AP by train_net.py --eval-only."""
+    output = folder / "eval"
+    args = ["--config-file", DISTILL, "--eval-only", "MODEL.WEIGHTS", str(weights), "OUTPUT_DIR", str(output)]
+    assert main([*args, "DATALOADER.NUM_WORKERS", "0"]) == 0
+    metadata = MetadataCatalog.get("blood_cells_val")
+    results = output / "inference" / "blood_cells_val" / "coco_instances_results.json"
+    truth = COCO(metadata.json_file)
+    evaluation = COCOeval(truth, truth.loadRes(str(results)), "bbox")
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    return 100 * evaluation.stats[0]
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
+        (["--evaluate", "gone.json"], r"gone\.json does not exist"),
         (["--config-file", "gone.yaml"], r"config gone\.yaml is no file"),
         (["--weights", "gone.pth"], r"gone\.pth: no such file"),
         (["--config-file", str(CONFIGS / "quick_retinanet.yaml"), "--weights", "{wide}"], r"wide\.pth does not fit"),

@@ -87,6 +87,16 @@ class Place:
             os.truncate(self.output / name, 100)
 
 
+TIMM = ("MODEL.BACKBONE.NAME", "build_timm_fpn_backbone", "MODEL.TIMM.NAME", "test_efficientnet")
+
+
+def classifier(folder):
+    """A file of weights for TIMM."""
+    timm = pytest.importorskip("timm")
+    torch.save(timm.create_model(TIMM[-1]).state_dict(), folder / "classifier.pth")
+    return str(folder / "classifier.pth")
+
+
 def port_in_use(place):
     with socket.create_server(("", 0)) as server:
         return place.run(flags=["--num-gpus", 2, "--dist-url", f"tcp://127.0.0.1:{server.getsockname()[1]}"])
@@ -237,6 +247,8 @@ PROVOCATIONS = {
         *at.weights(save_teacher(at.folder / "t.pth", "MODEL.RETINANET.NUM_CLASSES", 2).read_bytes()),
         *("MODEL.DISTILL.TEACHER.OPTS", "['MODEL.RETINANET.NUM_CLASSES', '2']"),
     ),
+    "… is …; timm has no such model": lambda at: at.run(*TIMM, "MODEL.TIMM.NAME", "resnet1"),
+    "the pretrained weights of the timm": lambda at: at.run(*TIMM, "MODEL.TIMM.PRETRAINED", classifier(at.folder)),
     "the anchors": lambda at: at.distill("MODEL.DISTILL.TEACHER.OPTS", "['MODEL.ANCHOR_GENERATOR.OFFSET', '0.5']"),
 }
 

@@ -2,7 +2,8 @@
 """Exports a trained detector, distilled or plain, to TorchScript and ONNX, with decoding and NMS inside.
 
 Each file is compared with PyTorch on images of several sizes before it is kept. A table shows its size and speed;
---compare adds other detectors to it, such as the teacher and a plain student. All numbers go to export.json as well.
+--compare adds other detectors to it, such as the teacher and a plain student, and --evaluate the AP of each. All
+numbers go to export.json as well, with what a program needs to prepare images: channel order, sides, class names.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ FORMATS = {"torchscript": ("model.ts", "export_torchscript"), "onnx": ("model.on
 def write(kind: str, detector: DenseDetector, args: argparse.Namespace) -> tuple[list[dict], dict[str, Any]]:
     """Writes and checks one file; returns how it agrees and its row of the table. A wrong file is not kept."""
     from d2kd import export
+    from d2kd.exported import ExportedDetector
 
     name, function = FORMATS[kind]
     path = args.output / name
@@ -47,41 +49,69 @@ def write(kind: str, detector: DenseDetector, args: argparse.Namespace) -> tuple
         unchecked.replace(path)
     finally:
         unchecked.unlink(missing_ok=True)
-    row = {
-        "model": f"{name}{'' if kind == 'torchscript' else ' (onnxruntime, CPU)'}",
-        "parameters (M)": sum(p.numel() for p in detector.parameters()) / 1e6,
-        "size (MB)": path.stat().st_size / 1e6,
-        "ms (median)": export.median_ms(run, detector.device, args.size, args.seconds),
-    }
+    label = f"{name}{'' if kind == 'torchscript' else f' (opset {export.OPSET}, onnxruntime, CPU)'}"
+    model = ExportedDetector(run, detector.test_score_thresh, detector.device)
+    row = make_row(label, detector, run, path.stat().st_size, args)
+    row.update(score(label, model, args.about, args))
     return [{"file": name, **asdict(agreement)} for agreement in agreements], row
 
 
-def in_pytorch(label: str, detector: DenseDetector, args: argparse.Namespace) -> dict[str, Any]:
+def in_pytorch(label: str, detector: DenseDetector, about: Any, args: argparse.Namespace) -> dict[str, Any]:
     """The row of a detector that runs in PyTorch; its size is that of the weights alone."""
-    from d2kd import export
+    from d2kd.export import Exportable
 
-    weights = detector.state_dict().values()
+    size = sum(x.numel() * x.element_size() for x in detector.state_dict().values())
+    return {**make_row(label, detector, Exportable(detector), size, args), **score(label, detector, about, args)}
+
+
+def make_row(label: str, detector: DenseDetector, run: Any, size: int, args: argparse.Namespace) -> dict[str, Any]:
+    """What a row of the table says of each detector or file; size is in bytes."""
+    from d2kd.complexity import num_parameters
+    from d2kd.export import median_ms
+
     return {
         "model": label,
-        "parameters (M)": sum(p.numel() for p in detector.parameters()) / 1e6,
-        "size (MB)": sum(x.numel() * x.element_size() for x in weights) / 1e6,
-        "ms (median)": export.median_ms(export.Exportable(detector), detector.device, args.size, args.seconds),
+        "parameters (M)": num_parameters(detector) / 1e6,
+        "size (MB)": size / 1e6,
+        "ms (median)": median_ms(run, detector.device, args.size, args.seconds),
     }
 
 
-def others(args: argparse.Namespace) -> list[tuple[str, DenseDetector]]:
+def score(label: str, model: Any, about: Any, args: argparse.Namespace) -> dict[str, float]:
+    """The AP of a detector or file on --evaluate's data set, as a column; nothing without it."""
+    from d2kd.predict import evaluate, predictor_of
+
+    return {"AP": evaluate(predictor_of(model, about), args.data_set, label).ap} if args.data_set else {}
+
+
+def others(args: argparse.Namespace) -> list[tuple[str, DenseDetector, Any]]:
     """The detectors of --compare."""
     from d2kd.errors import D2kdError
-    from d2kd.export import load_detector
+    from d2kd.export import load_detector, split_label
+    from d2kd.predict import describe_export
 
     loaded = []
     for text in args.compare:
-        label, equals, files = text.partition("=")
-        config, colon, weights = files.partition(":")
-        if not (equals and colon):
-            raise D2kdError(f"--compare {text}: write label=config:weights, as in teacher=retinanet_R50.yaml:r50.pth")
-        loaded.append((label, load_detector(config, weights, device=args.device)))
+        label, config, weights = split_label(text)
+        if not config:
+            raise D2kdError(f"--compare {text}: write label=config:weights")
+        detector = load_detector(config, weights, device=args.device)
+        loaded.append((label, detector, describe_export(config, [], weights, detector)))
     return loaded
+
+
+def data_set(args: argparse.Namespace) -> str:
+    """The name of --evaluate's data set, by default the config's; "" without it."""
+    from d2kd.engine.styles import load_for_evaluation
+    from d2kd.errors import D2kdError
+    from d2kd.predict import find_data
+
+    if args.evaluate is None:
+        return ""
+    names = [args.evaluate] if args.evaluate else load_for_evaluation(args.config_file, args.opts).test_sets
+    if not names:
+        raise D2kdError("--evaluate: the config has no data set to evaluate on; name one, --evaluate val.json:images")
+    return find_data(names[0], args.output / "data")[0]
 
 
 def run(args: argparse.Namespace) -> None:
@@ -89,31 +119,33 @@ def run(args: argparse.Namespace) -> None:
     import torch
     from tabulate import tabulate
 
-    from d2kd.contract import channel_order
     from d2kd.errors import D2kdError
     from d2kd.export import evaluation_size, load_detector
+    from d2kd.exported import REPORT
+    from d2kd.predict import describe_export
 
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args.size = tuple(args.size or evaluation_size(args.config_file, args.opts))
     detector = load_detector(args.config_file, args.weights, args.opts, args.device)
+    args.about = describe_export(args.config_file, args.opts, args.weights, detector)
     compared = others(args)  # all mistakes show before anything is written
+    args.data_set = data_set(args)
     try:
         args.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise D2kdError(f"--output {args.output}: {error.strerror}; choose a folder that can be written") from error
-    rows = [in_pytorch(label, other, args) for label, other in [*compared, (args.label, detector)]]
+    rows = [in_pytorch(*entry, args) for entry in [*compared, (args.label, detector, args.about)]]
     checks: list[dict] = []
     for kind in FORMATS if args.format == "both" else [args.format]:
         agreements, row = write(kind, detector, args)
         checks += agreements
         rows.append(row)
-    channels = channel_order(detector)
-    settings = {key: str(value) for key, value in vars(args).items()}
-    result = {"settings": settings, "input_format": channels, "checks": checks, "models": rows}
-    (args.output / "export.json").write_text(json.dumps(result, indent=1) + "\n")
+    settings = {key: str(value) for key, value in vars(args).items() if key != "about"}
+    result = {"settings": settings, **args.about.to_json(), "checks": checks, "models": rows}
+    (args.output / REPORT).write_text(json.dumps(result, indent=1) + "\n")
     print(tabulate(checks, headers=HEADINGS, tablefmt="github", floatfmt=".2g"), end="\n\n")
     print(tabulate(rows, headers="keys", tablefmt="github", floatfmt=".1f"), end="\n\n")
-    print(f"wrote {args.output}: image (3, height, width) float32, 0 to 255, {channels}")
+    print(f"wrote {args.output}: image (3, height, width) float32, 0 to 255, {args.about.input_format}")
 
 
 def main() -> int:
@@ -132,6 +164,14 @@ def main() -> int:
     parser.add_argument("--label", default="student", help="name of the detector in the table (default: student)")
     parser.add_argument(
         "--compare", nargs="*", default=[], metavar="LABEL=CONFIG:WEIGHTS", help="other detectors for the table"
+    )
+    parser.add_argument(
+        "--evaluate",
+        nargs="?",
+        const="",
+        metavar="DATA",
+        help="add the AP of each detector and file to the table, on the config's data set or on own data, "
+        "val.json:images",
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is a GPU")
     parser.add_argument("--seconds", type=float, default=3.0, help="minimum time to time each model (default: 3)")

@@ -1,7 +1,7 @@
 """The dry run: how student, teacher and methods fit together, and the gradient of each loss at the FPN."""
 
 from collections import Counter
-from typing import TYPE_CHECKING, Any, Dict, List, Mapping
+from typing import TYPE_CHECKING, Any, Dict, List, Mapping, cast
 
 from detectron2.utils.events import EventStorage
 from fvcore.nn import parameter_count
@@ -39,7 +39,9 @@ def dry_run(model: nn.Module, batch: List[Dict[str, Any]]) -> str:
         losses = student.losses_of(observation)
     names = list(student.distill)
     ratios = gradient_ratios(losses, names, observation.student.features)
-    warnings = [f"warning: {text}" for text in weight_warnings(ratios, names)]
+    weighted = {name: method for name, method in student.distill.items() if hasattr(method, "weight")}
+    weights = {name: cast(float, method.weight) for name, method in weighted.items()}
+    warnings = [f"warning: {text}" for text in weight_warnings(ratios, names, weights)]
     return "\n\n".join([detector_tables(student), method_table(student), loss_table(losses, ratios), *warnings])
 
 

@@ -1,5 +1,6 @@
 """The gradient of each loss at the FPN, which shows weights that are far too large or too small."""
 
+from types import MappingProxyType
 from typing import Dict, List, Mapping, Optional, Sequence
 
 import torch
@@ -9,6 +10,8 @@ from ..heads import Features
 
 # Warn about a method whose gradient at the FPN is above or below these multiples of the detection losses' gradient.
 TOO_STRONG, TOO_WEAK = 10.0, 0.01
+# The weight that a warning suggests makes it this multiple.
+SUGGESTED = 1.0
 GRADIENT = "gradient/"  # prefix of logged ratios
 
 
@@ -47,15 +50,32 @@ def method_of(key: str, methods: Sequence[str]) -> Optional[str]:
     return next((method for method in methods if key.startswith(f"loss_{method}_")), None)
 
 
-def weight_warnings(ratios: Mapping[str, float], methods: Sequence[str]) -> List[str]:
-    """Warnings about methods whose gradient is far larger or far smaller than that of the student's own losses."""
+def weight_warnings(
+    ratios: Mapping[str, float], methods: Sequence[str], weights: Mapping[str, float] = MappingProxyType({})
+) -> List[str]:
+    """Warnings about methods whose gradient is far larger or far smaller than that of the student's own losses.
+
+    Args:
+        ratios: from :func:`gradient_ratios`.
+        methods: names in lower case.
+        weights: of methods with a single weight, by name, to suggest another.
+    """
     found = []
     for method in methods:
-        gradient = f"the gradient of {method} at the FPN is {ratios[method]:.3g} times that of the detection losses"
-        if ratios[method] > TOO_STRONG:
-            found.append(f"{gradient}; lower its weight")
-        elif ratios[method] == 0:
+        ratio = ratios[method]
+        gradient = f"the gradient of {method} at the FPN is {ratio:.3g} times that of the detection losses"
+        if ratio > TOO_STRONG:
+            found.append(f"{gradient}; lower its {_suggestion(ratio, weights.get(method))}")
+        elif ratio == 0:
             found.append(f"{method} does not reach the FPN: check its weight and its modules, or try another batch")
-        elif ratios[method] < TOO_WEAK:
-            found.append(f"{gradient}; raise its weight")
+        elif ratio < TOO_WEAK:
+            found.append(f"{gradient}; raise its {_suggestion(ratio, weights.get(method))}")
     return found
+
+
+def _suggestion(ratio: float, weight: Optional[float]) -> str:
+    factor = SUGGESTED / ratio
+    what = (
+        f"weights, to {factor:.2g} times what they are" if weight is None else f"weight to about {weight * factor:.2g}"
+    )
+    return f"{what}, so that both pull alike in this batch"

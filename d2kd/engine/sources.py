@@ -20,7 +20,7 @@ from .recipe import Recipe, flatten
 _DECIDE = ("MODEL.", "INPUT.FORMAT", "DATASETS.TRAIN", "model.")
 _DO_NOT = ("MODEL.WEIGHTS", "MODEL.DEVICE", "MODEL.DISTILL.")
 _CHUNK = 1 << 20
-_TEACHER, _DATA = SOURCE_FILES = ("teacher.json", "data.json")
+_TEACHER, DATA_FILE = SOURCE_FILES = ("teacher.json", "data.json")
 
 Sources = Dict[str, Dict[str, Any]]
 
@@ -34,7 +34,7 @@ def describe_sources(recipe: Recipe) -> Sources:
     Raises:
         D2kdError: a file cannot be read.
     """
-    found: Sources = {_DATA: dict(_annotation_files(recipe))}
+    found: Sources = {DATA_FILE: dict(_annotation_files(recipe))}
     if recipe.teacher:
         found[_TEACHER] = {**describe_file(recipe.teacher, "the teacher's weights"), "config": _config(recipe)}
     return found
@@ -47,8 +47,8 @@ def changes(saved: Mapping[str, Any], present: Sources) -> Iterator[str]:
         saved: as :func:`describe_sources` returned it then; damaged entries are left out.
         present: as it returns it now.
     """
-    for name, file in present[_DATA].items():
-        yield from _change(f"the annotation file {file['file']} of data set {name}", saved[_DATA].get(name), file)
+    for name, file in present[DATA_FILE].items():
+        yield from _change(f"the annotation file {file['file']} of data set {name}", saved[DATA_FILE].get(name), file)
     teacher, before = present.get(_TEACHER), saved[_TEACHER]
     if teacher is None:
         return

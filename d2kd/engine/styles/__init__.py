@@ -3,7 +3,7 @@
 import argparse
 import tempfile
 from pathlib import Path
-from typing import Optional
+from typing import Optional, Sequence
 
 from detectron2.config import CfgNode
 
@@ -38,6 +38,20 @@ def load_recipe(args: argparse.Namespace) -> Recipe:
     return load(args.config_file, args.opts, args.eval_only, args.data)
 
 
+def load_for_evaluation(config_file: str, opts: Sequence[str] = (), data: Optional[OwnData] = None) -> Recipe:
+    """Loads a config without its teacher.
+
+    Args:
+        config_file: of either style.
+        opts: overrides in its style.
+        data: own data, registered.
+
+    Raises:
+        D2kdError: there is no such config, or it is not valid.
+    """
+    return (load_lazy if is_lazy(config_file) else load_yaml)(config_file, opts, True, data)
+
+
 def _own_data(args: argparse.Namespace, recipe: Recipe) -> Optional[OwnData]:
     """Reads --train-data and --val-data; files that have to be written go into the run's folder."""
     if not (args.train_data or args.val_data or args.val_split):
@@ -53,4 +67,4 @@ def to_recipe(config: Config) -> Recipe:
     return YamlRecipe(config) if isinstance(config, CfgNode) else LazyRecipe(config)
 
 
-__all__ = ["LazyRecipe", "YamlRecipe", "is_lazy", "load_recipe", "to_recipe"]
+__all__ = ["LazyRecipe", "YamlRecipe", "is_lazy", "load_for_evaluation", "load_recipe", "to_recipe"]

@@ -1,0 +1,21 @@
+"""Detections in images, folders and videos, and of several detectors side by side."""
+
+from ..export import split_label
+from .compare import compare, evaluate
+from .data_sets import find_data
+from .inputs import find_inputs
+from .predictor import Predictor, describe_export, open_predictor, predictor_of
+from .write import write_predictions
+
+__all__ = [
+    "Predictor",
+    "compare",
+    "describe_export",
+    "evaluate",
+    "find_data",
+    "find_inputs",
+    "open_predictor",
+    "predictor_of",
+    "split_label",
+    "write_predictions",
+]
