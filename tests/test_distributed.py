@@ -229,7 +229,9 @@ def test_any_number_of_processes_gives_the_same(runs, case):
         for i, losses in enumerate(one["losses"]):
             for key, loss in losses.items():
                 mean = sum(rank["losses"][i][key] for rank in ranks) / workers
-                assert mean == pytest.approx(loss, rel=1e-6, abs=0), (workers, i, key)
+                # A divergence of near distributions is a small difference of large terms, which are rounded.
+                rounding = 1e-9 if key == "loss_ld_main" else 0
+                assert mean == pytest.approx(loss, rel=1e-6, abs=rounding), (workers, i, key)
         for name, weight in one["weights"].items():
             assert all(torch.equal(rank["weights"][name], ranks[0]["weights"][name]) for rank in ranks)
             torch.testing.assert_close(ranks[0]["weights"][name], weight, rtol=0, atol=1e-6)

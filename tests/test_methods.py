@@ -162,7 +162,8 @@ def test_padding_adds_no_loss(teacher_files):
     shift = teacher.to_maps(3 * (targets.weights == 0))
     maps = zip(teacher.shared_logit_maps, shift)
     predictions = ([(level + s.unsqueeze(2)).flatten(1, 2) for level, s in maps], *teacher.predictions[1:])
-    changed = DenseOutputs(teacher.detector, teacher.features, predictions, teacher.taps)
+    changed = DenseOutputs(teacher.detector, teacher.features, predictions, notes=teacher.notes)
+    changed.anchors_per_level = teacher.anchors_per_level
     assert not torch.equal(changed.logits, teacher.logits)
     after = method(own, changed, targets)
     assert torch.equal(before["loss_crosskd_cls"], after["loss_crosskd_cls"])

@@ -13,6 +13,7 @@ from d2kd.private import PRIVATE_NAMES
 SOURCES = sorted(Path(d2kd.__file__).parent.rglob("*.py"))
 # Of torch and Python; their owners document them for subclasses, or keep them for compatibility.
 OF_OTHERS = {"_apply", "_asdict", "_buffers", "_exit", "_fields", "_modules", "_parameters", "_replace", "_target_"}
+OF_OTHERS.add("_version")  # of a tensor: counts changes in place
 # Written as attributes of numpy's modules in a list of what pickles may name.
 OF_OTHERS |= {"_core", "_reconstruct", "_frombuffer"}
 

@@ -20,10 +20,14 @@ DISTILL = str(CONFIGS / "quick_crosskd_retinanet.yaml")
 LAZY = str(CONFIGS / "lazy" / "quick_crosskd_retinanet.py")
 SHORT = ["SOLVER.MAX_ITER", "2", "SOLVER.CHECKPOINT_PERIOD", "1", "DATASETS.TEST", "()"]
 # In test_preflight.py, test_preflight_causes.py and test_distributed.py.
-ELSEWHERE = tuple(
-    f"the teacher{rest}" for rest in (" detects", " seems", " counts", " finds", " was", " predicts", "'s")
-)
+SAID_OF_TEACHERS = (" detects", " seems", " counts", " finds", " was", " predicts", "'s")
+ELSEWHERE = tuple(f"the teacher{rest}" for rest in SAID_OF_TEACHERS)
 ELSEWHERE += ("The teacher is weak", "process … terminated")
+# In test_guarded_runs.py, test_errors.py and test_resume.py.
+ELSEWHERE += ("the disk is full", "the log in", "… is in use by", "the annotation file … of data set")
+ELSEWHERE += ("the checkpoint holds the state",)
+# In test_hostile_files.py.
+ELSEWHERE += ("… unpacks to", "… has an index", "… holds the name", "…: … holds", "… builds on", "… has more than")
 
 
 class Place:

@@ -4,8 +4,7 @@ import copy
 from typing import Any, Callable, List, NamedTuple, Sequence
 
 import torch
-from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor, nn
 
 from ..dense import preprocess
 from ..keys import key
@@ -112,7 +111,7 @@ def norm_variants(sample: Sample, teacher: Teacher) -> List[Variant]:
     """The teacher with the BatchNorm statistics of the sample, if it has BatchNorm."""
     teacher.prepare()
     changed = Teacher(copy.deepcopy(teacher.network), teacher.input_format)
-    norms = [module for module in changed.network.modules() if isinstance(module, _BatchNorm)]
+    norms = [module for module in changed.network.modules() if isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm))]
     if not norms:
         return []
     for norm in norms:
