@@ -18,8 +18,8 @@ from detectron2.structures import Boxes, Instances
 from small import CONFIGS, save_teacher, small_config
 
 from d2kd.export import export_onnx, export_torchscript, load_detector
-from d2kd.exported import REPORT
-from d2kd.predict import compare, describe_export, find_inputs
+from d2kd.exported import REPORT, ExportReport
+from d2kd.predict import compare, describe_export, find_inputs, predictor_of
 from d2kd.predict.compare import SUMMARY
 from d2kd.predict.inputs import Video, video_writer
 from d2kd.predict.write import IMAGES
@@ -95,6 +95,24 @@ def test_results_are_those_of_detectron2s_evaluation(
     drawn = read_image(str(output / images[0].name))
     assert drawn.shape == (128, 170, 3)
     assert (drawn != read_image(str(images[0]))).any()
+
+
+@pytest.mark.parametrize(("order", "first"), [("BGR", 10.0), ("RGB", 30.0)])
+def test_images_have_the_channel_order_of_the_detector(order: str, first: float) -> None:
+    seen = {}
+
+    class Seeing(torch.nn.Module):
+        def forward(self, inputs: List[Dict[str, Any]]) -> List[Dict[str, Instances]]:
+            seen.update(inputs[0])
+            nothing = Boxes(torch.zeros(0, 4)), torch.zeros(0), torch.zeros(0).long()
+            return [{"instances": Instances((8, 16), **dict(zip(("pred_boxes", "scores", "pred_classes"), nothing)))}]
+
+    blue_green_red = np.full((8, 16, 3), (10, 20, 30), np.uint8)
+    found = predictor_of(Seeing(), ExportReport(order, (16, 64), 0.05, {}))(blue_green_red)
+    assert len(found) == 0
+    assert seen["image"].shape == (3, 16, 32)
+    assert seen["image"][:, 0, 0].tolist() == [first, 20.0, 40.0 - first]
+    assert (seen["height"], seen["width"]) == (8, 16)
 
 
 def test_nothing_is_drawn_below_the_least_score(
