@@ -7,6 +7,7 @@ import socket
 
 import pytest
 import torch
+from detectron2.engine import SimpleTrainer
 from messages import documented, rows_of
 from small import CONFIGS, save_teacher
 
@@ -173,7 +174,7 @@ def other_teacher(place):
 
 
 def sigterm(place):
-    from test_resume import SimpleTrainer, sigterm
+    from runs import sigterm
 
     write = SimpleTrainer._write_metrics
     place.monkeypatch.setattr(SimpleTrainer, "_write_metrics", lambda *args: (sigterm(), write(*args)))
