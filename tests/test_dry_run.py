@@ -74,6 +74,7 @@ def test_ratios_are_logged_every_so_many_iterations(teacher_file):
         sum(losses.values()).backward()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("style", ["yaml", "lazy"])
 def test_command_line(teacher_file, blood_cells, tmp_path, capsys, style):
     """It prints, and writes nothing."""
