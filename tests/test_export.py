@@ -71,6 +71,7 @@ def call(tool: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int
 # --- files
 
 
+@pytest.mark.slow
 @every
 @pytest.mark.parametrize("write", [export_torchscript, export_onnx])
 def test_files_agree_with_the_detector(tmp_path: Path, name: str, write: Any) -> None:
@@ -112,6 +113,7 @@ def spoil(kind: str, found: Detections, threshold: Tensor) -> Detections:
     }[kind]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["boxes", "scores", "classes", "too few", "nothing", "only the best missing"])
 def test_a_wrong_file_is_refused(tmp_path: Path, kind: str) -> None:
     model = detector(tmp_path)

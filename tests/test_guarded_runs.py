@@ -106,6 +106,7 @@ def test_sigterm_breaks_off_an_evaluation_which_the_resumed_run_does(
 # ---- Ctrl-C
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_a_run_in_one_line(teachers, tmp_path, at, capfd):
     at(1, lambda: os.kill(os.getpid(), signal.SIGINT))
     assert train(tmp_path, teachers) == EXIT_INTERRUPTED == 130
@@ -181,6 +182,7 @@ def holder(tmp_path):
         process.communicate()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "flags"),
     [(command, ()), (command, ("--resume",)), (command, ("--eval-only",)), (lazy_command, ("--resume",))],
@@ -283,6 +285,7 @@ def test_what_an_allowed_change_changes(run, teachers, capfd):
     assert 0.5 in {group["weight_decay"] for group in groups}
 
 
+@pytest.mark.slow
 def test_float16_may_be_switched_on_and_off(run, teachers, monkeypatch, caplog):
     """Its gradient scaler starts anew where the checkpoint has none."""
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
@@ -323,6 +326,7 @@ LAZY_MISTAKES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("override", LAZY_MISTAKES)
 def test_mistakes_in_a_lazy_config_name_its_own_keys(override, teachers, tmp_path, capfd):
     assert train(tmp_path, teachers, override, make=lazy_command, flags=("--dry-run",)) == 2
@@ -357,6 +361,7 @@ def test_odd_records_are_not_compared(text, finished, tmp_path):
     assert folder.saved_seed() == -1
 
 
+@pytest.mark.slow
 def test_dangling_links_are_passed_over(run, teachers, capfd):
     (run / "model_0000009.pth").symlink_to(run / "nowhere")
     (run / "last_checkpoint").write_text("model_0000009.pth")
@@ -367,6 +372,7 @@ def test_dangling_links_are_passed_over(run, teachers, capfd):
 # ---- full disks while logs are written
 
 
+@pytest.mark.slow
 def test_a_log_that_cannot_be_written_ends_no_run(teachers, tmp_path, capfd):
     (tmp_path / "log.txt").symlink_to("/dev/full")
     assert train(tmp_path, teachers, "SOLVER.MAX_ITER", 1) == 0
@@ -376,6 +382,7 @@ def test_a_log_that_cannot_be_written_ends_no_run(teachers, tmp_path, capfd):
     assert _cached_log_stream(str(tmp_path / "log.txt")).closed  # else Python reports the same once more when it ends
 
 
+@pytest.mark.slow
 def test_metrics_that_cannot_be_written_end_a_run(teachers, tmp_path, capfd):
     """In one sentence, and after the checkpoint of that iteration, from which the run then goes on."""
     metrics = tmp_path / "metrics.json"
