@@ -303,6 +303,7 @@ def test_float16_may_be_switched_on_and_off(run, teachers, monkeypatch, caplog):
     assert scaler.get_scale() == 1024.0
     assert "no gradient scaler, as it was written without float16: a new one starts at scale 1024" in caplog.text
     switched.checkpointer.save("model_0000000", iteration=0)
+    scaler.scale(torch.zeros(1))  # makes what update changes
     scaler.update(2.0)
     switched.resume_or_load(resume=True)
     assert scaler.get_scale() == 1024.0

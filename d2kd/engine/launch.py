@@ -8,6 +8,7 @@ import threading
 import time
 from contextlib import contextmanager
 from multiprocessing.context import SpawnProcess
+from multiprocessing.process import BaseProcess
 from typing import Any, Callable, Iterator, TypeVar
 from urllib.parse import urlparse
 from uuid import uuid4
@@ -110,14 +111,14 @@ def ctrl_c_ends_children() -> Iterator[None]:
     """
     start = SpawnProcess.start
 
-    def start_blocked(process: SpawnProcess) -> None:
+    def start_blocked(process: BaseProcess) -> None:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             start(process)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
-    SpawnProcess.start = start_blocked  # type: ignore[method-assign]
+    SpawnProcess.start = start_blocked  # type: ignore[assignment, method-assign]
     try:
         yield
     except KeyboardInterrupt:

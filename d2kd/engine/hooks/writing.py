@@ -19,6 +19,8 @@ class Writing(hooks.PeriodicWriter):
         folder: of the run.
     """
 
+    _writers: List[EventWriter]
+
     def __init__(self, writers: List[EventWriter], period: int, folder: str) -> None:
         super().__init__(writers, period)
         self._folder = folder
