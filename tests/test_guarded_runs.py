@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,11 +20,12 @@ import torch
 from detectron2.data import MetadataCatalog
 from detectron2.engine import AMPTrainer
 from detectron2.evaluation import COCOEvaluator
-from detectron2.utils.events import EventStorage, JSONWriter
+from detectron2.utils.events import EventStorage, JSONWriter, TensorboardXWriter
 from detectron2.utils.logger import _cached_log_stream
 from kill_and_resume import ends
 from runs import assert_same_end, command, last_error, lazy_command, resume, sigterm, train
 from small import CONFIGS
+from tensorboard.summary.writer import record_writer
 
 from d2kd.checkpoint import files
 from d2kd.checkpoint.run_checkpoints import checkpoints_in
@@ -302,7 +304,9 @@ def test_float16_may_be_switched_on_and_off(run, teachers, monkeypatch, caplog):
     assert switched.start_iter == 1
     assert scaler.get_scale() == 1024.0
     assert "no gradient scaler, as it was written without float16: a new one starts at scale 1024" in caplog.text
-    switched.checkpointer.save("model_0000000", iteration=0)
+    state = files.read(str(run / "model_final.pth"))
+    state["trainer"]["_trainer"]["grad_scaler"] = scaler.state_dict()
+    files.write(str(run / "model_final.pth"), state)
     scaler.scale(torch.zeros(1))  # makes what update changes
     scaler.update(2.0)
     switched.resume_or_load(resume=True)
@@ -397,6 +401,26 @@ def test_metrics_that_cannot_be_written_end_a_run(teachers, tmp_path, capfd):
     metrics.unlink()
     assert resume(tmp_path, teachers, "SOLVER.MAX_ITER", 2) == 0
     assert "model_final.pth" in capfd.readouterr().out
+
+
+@pytest.mark.slow
+def test_tensorboards_thread_prints_no_traceback(tmp_path, monkeypatch, capfd):
+    """The error reaches the hook, which reports it in one sentence."""
+
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(record_writer.RecordWriter, "write", refuse)
+    before = threading.excepthook
+    hook = Writing([TensorboardXWriter(str(tmp_path))], 1, str(tmp_path))
+    hook.trainer = SimpleNamespace(iter=0, max_iter=9)
+    hook.before_train()
+    with EventStorage() as storage:
+        storage.put_scalar("loss", 1.0)
+        with pytest.raises(D2kdError, match=r"could not be written \(No space left on device\)"):
+            hook.after_train()
+    assert "Traceback" not in capfd.readouterr().err
+    assert threading.excepthook is before
 
 
 def test_metrics_are_given_up_without_a_second_try(tmp_path):

@@ -1,5 +1,6 @@
 """Metrics of a run, on the terminal and in its folder."""
 
+import threading
 from contextlib import contextmanager, suppress
 from typing import Iterator, List
 
@@ -24,6 +25,12 @@ class Writing(hooks.PeriodicWriter):
     def __init__(self, writers: List[EventWriter], period: int, folder: str) -> None:
         super().__init__(writers, period)
         self._folder = folder
+        self._excepthook = threading.excepthook
+
+    def before_train(self) -> None:
+        """Keeps tensorboard's thread from printing a traceback; the next write raises the same error."""
+        self._excepthook = threading.excepthook
+        threading.excepthook = self._on_error_in_thread
 
     def after_step(self) -> None:
         """Writes if it is time.
@@ -40,8 +47,11 @@ class Writing(hooks.PeriodicWriter):
         Raises:
             D2kdError: the files cannot be written.
         """
-        with self._reporting():
-            super().after_train()
+        try:
+            with self._reporting():
+                super().after_train()
+        finally:
+            threading.excepthook = self._excepthook
 
     @contextmanager
     def _reporting(self) -> Iterator[None]:
@@ -58,3 +68,8 @@ class Writing(hooks.PeriodicWriter):
         for writer in writers:
             with suppress(OSError):
                 writer.close()
+
+    def _on_error_in_thread(self, args: threading.ExceptHookArgs) -> None:
+        of_tensorboard = type(args.thread).__module__.startswith("tensorboard.")
+        if not (of_tensorboard and isinstance(args.exc_value, OSError)):
+            self._excepthook(args)
