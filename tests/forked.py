@@ -39,5 +39,6 @@ def _run(command: List[str], log: str, on_sigint: Any, method: str) -> None:
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (sys.stdout, sys.stderr):
         os.dup2(output, stream.fileno())
+    multiprocessing.set_start_method("fork", force=True)  # of loading processes
     torch.multiprocessing.start_processes = partial(torch.multiprocessing.start_processes, start_method=method)
     sys.exit(main(command))
