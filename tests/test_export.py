@@ -321,8 +321,8 @@ def test_every_checkpoint_of_a_run_is_one_of_stock_detectron2(tmp_path: Path, bl
     assert main(["--config-file", distill, *opts]) == 0
 
     cfg = get_cfg()
-    cfg.merge_from_file(config)
-    cfg.merge_from_list(shared)
+    cfg.merge_from_file(str(run / "student.yaml"))
+    assert str(run / "model_final.pth") == cfg.MODEL.WEIGHTS
     checkpoints = {path.name: path for path in run.glob("*.pth")}
     assert {"model_0000000.pth", "model_final.pth", "model_ema_final.pth"} <= checkpoints.keys()
     biases = set()
