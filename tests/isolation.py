@@ -74,7 +74,8 @@ def _restored_logging() -> Iterator[None]:
             for handler in set(logger.handlers) - set(state["handlers"]):
                 handler.close()
             vars(logger).update({k: list(v) if isinstance(v, list) else v for k, v in state.items()})
-            logger.setLevel(level)  # clears the cache of enabled levels too
+            if logger.level != level:  # setting it walks through all loggers
+                logger.setLevel(level)
         detectron2_logger.setup_logger.cache_clear()
         detectron2_logger._cached_log_stream.cache_clear()
 

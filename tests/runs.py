@@ -4,6 +4,7 @@ import os
 import signal
 
 import torch
+from iopath.common.file_io import file_lock
 from small import CONFIGS
 
 from d2kd.checkpoint import files
@@ -18,6 +19,19 @@ RANDOM_VIEWS = ["INPUT.CROP.ENABLED", "True", "INPUT.MIN_SIZE_TRAIN", "(96,112,1
 UNEQUAL = ["MODEL.DISTILL.METHODS", "('PKD', 'MGD', 'CrossKD')"]
 UNEQUAL += ["MODEL.DISTILL.TEACHER.OPTS", "['MODEL.FPN.OUT_CHANNELS','64']"]
 LAZY_SHORT = ["train.seed=5", "train.max_iter=6", "train.checkpointer.period=2", "train.eval_period=0"]
+
+
+def made_once(tmp_path_factory, name, make):
+    """A folder that ``make`` fills for all processes of pytest-xdist: the first one calls it while others wait."""
+    ours = tmp_path_factory.getbasetemp()
+    folder = (ours.parent if "PYTEST_XDIST_WORKER" in os.environ else ours) / name
+    with file_lock(str(folder)):
+        if not folder.exists():
+            unfinished = folder.with_suffix(".unfinished")
+            unfinished.mkdir()
+            make(unfinished)
+            unfinished.rename(folder)
+    return folder
 
 
 class Killed(BaseException):

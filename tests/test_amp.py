@@ -104,6 +104,7 @@ def test_a_run_on_the_cpu(command, teachers, tmp_path, monkeypatch):
     assert {"loss_crosskd_cls", "bbox/AP", "ema/bbox/AP"} <= set().union(*read_metrics(tmp_path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [yaml_command, lazy_command])
 def test_an_unknown_type_is_told(command, teachers, tmp_path, capfd):
     assert main(command(tmp_path, teachers, "amp.dtype=bfloat")) == 2

@@ -586,6 +586,7 @@ def last_error(capfd):
 SPOILT = ("train_00003.png", "train_00008.png")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("style", ["yaml", "lazy"])
 def test_a_run_with_bad_images_counts_them(style, cells, capfd):
     cells.spoil(*SPOILT)
@@ -604,6 +605,7 @@ def test_a_run_with_bad_images_counts_them(style, cells, capfd):
     assert [line["bad_images"] for line in read_metrics(cells.output) if "bad_images" in line][-1] == 2
 
 
+@pytest.mark.slow
 def test_resume_is_exact_with_bad_images(cells, tmp_path, capfd):
     cells.spoil(*SPOILT)
     skip = ["DATALOADER.SKIP_BAD_IMAGES", True]
@@ -620,6 +622,7 @@ def test_resume_is_exact_with_bad_images(cells, tmp_path, capfd):
     assert all((one["model"][key] == two["model"][key]).all() for key in one["model"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("style", ["yaml", "lazy"])
 def test_evaluation_leaves_out_no_image(style, cells, capfd):
     """Not even if training may: the results would be others."""
@@ -637,6 +640,7 @@ def test_evaluation_leaves_out_no_image(style, cells, capfd):
     assert error.endswith("fix the file or its entry, since the results depend on all images")
 
 
+@pytest.mark.slow
 def test_a_run_tells_in_its_log_what_is_odd(cells, capfd):
     def act(content):
         content["annotations"][0]["bbox"][2] = 0

@@ -96,6 +96,7 @@ def test_every_retinanet_key_has_its_place(depth: int) -> None:
     assert {k: v.shape for k, v in converted.items()} == {k: v.shape for k, v in expected.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("entry", ["gfl_r50", "gfl_r18", "atss_r50", "fcos_r50"])
 def test_every_key_of_the_other_detectors_has_its_place(entry: str) -> None:
     detector, depth = entry.split("_r")
@@ -220,6 +221,7 @@ class Detector(nn.Module):
         self.backbone = build_backbone(config(depth, channels=8)).eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("depth", [18, 50])
 def test_features_equal_torchvisions(depth: int, tmp_path: Path, hub: Path) -> None:
     net = torchvision_resnet(f"resnet{depth}")
@@ -266,6 +268,7 @@ def test_failed_download_names_url_and_folder(hub: Path) -> None:
     assert text.endswith(f"into {hub}")
 
 
+@pytest.mark.slow
 def test_conversion_is_kept_until_the_source_changes(tmp_path: Path, hub: Path) -> None:
     net = torchvision_resnet("resnet18")
     source = save(tmp_path / "net.pth", net.state_dict())
@@ -325,6 +328,7 @@ def equal(a: Dict[str, Tensor], b: Dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
+@pytest.mark.slow
 def test_loads_detectron2_files(model: nn.Module, tmp_path: Path) -> None:
     state = model.state_dict()
     for content in ({"model": state, "iteration": 3}, state, {f"module.{k}": v for k, v in state.items()}):

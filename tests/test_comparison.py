@@ -197,6 +197,7 @@ def test_arguments(tmp_path, monkeypatch):
     assert (made.methods, made.seeds, made.output) == (["plain"], 2, "output/comparison")
 
 
+@pytest.mark.slow
 def test_costs(tmp_path, monkeypatch):
     monkeypatch.setattr(costs_module, "SECONDS", 0.01)
     weights = save_teacher(tmp_path / "weights.pth")

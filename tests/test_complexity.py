@@ -1,5 +1,6 @@
 """What a detector costs: MACs are fvcore's, adapters and teacher do not count, latency is measured if asked for."""
 
+import pytest
 import torch
 from fvcore.nn import FlopCountAnalysis
 from small import build, distill_config, save_teacher, small_config
@@ -20,6 +21,7 @@ class Network(nn.Module):
         return self.detector.head([features[name] for name in self.detector.head_in_features])
 
 
+@pytest.mark.slow
 def test_macs_are_those_of_fvcore():
     detector = build(small_config()).eval()
     analysis = FlopCountAnalysis(Network(detector), torch.zeros(1, 3, *SIZE)).unsupported_ops_warnings(False)

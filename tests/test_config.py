@@ -92,6 +92,7 @@ def test_methods_page_names_every_recipe(path):
     assert f"`{path.stem}`" in (CONFIGS.parent / "docs" / "methods.md").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", LAZIES, ids=lambda p: p.name)
 def test_lazy_reloads_and_makes_the_model_of_its_yaml(path, untrained, tmp_path):
     lazy = LazyConfig.load(str(path))
@@ -181,6 +182,7 @@ def test_options_of_methods_are_config_keys():
         assert {key.lower(): value for key, value in node.items()} == method_defaults(name)
 
 
+@pytest.mark.slow
 def test_every_misspelt_key_of_ours_offers_the_right_one():
     config = str(CONFIGS / "crosskd_retinanet_R18.yaml")
     keys = flatten(load_config(config).MODEL.DISTILL, "MODEL.DISTILL")
@@ -317,6 +319,7 @@ def test_stock_code_evaluates_without_the_teachers_file(weights, tmp_path):
     assert found.image_size == image.shape[:2]
 
 
+@pytest.mark.slow
 def test_zoo_teacher_config_builds_and_loads(tmp_path):
     """A teacher by its model-zoo name, whose file has the zoo's keys."""
     from d2kd.teacher import load_teacher

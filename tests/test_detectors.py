@@ -180,6 +180,7 @@ def test_inference_under_autocast(name: str) -> None:
 # --- export
 
 
+@pytest.mark.slow
 @students_slow
 def test_traced_detector_agrees_on_an_image_of_another_size(name: str) -> None:
     def run(model: nn.Module, image: Tensor) -> Instances:

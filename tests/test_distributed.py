@@ -13,6 +13,7 @@ import pytest
 import torch
 from detectron2.engine import HookBase, SimpleTrainer
 from messages import rows_of
+from runs import made_once
 from small import CONFIGS, batch, build, distill_config, save_teacher, step
 from torch import distributed
 from torch.multiprocessing import spawn
@@ -210,14 +211,18 @@ def work(rank, folder):
             distributed.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """By number of processes, what each of them found."""
-    folder = tmp_path_factory.mktemp("runs")
+def start_all(folder):
+    """Runs all cases; what each process found is in a file of its own."""
     cases = (*CASES.values(), *ACCUMULATED.values())
     for path, options in {(teacher_path(folder, case), tuple(teacher_options(case))) for case in cases}:
         save_teacher(path, *options)
     spawn(work, (folder,), nprocs=3)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """By number of processes, what each of them found."""
+    folder = made_once(tmp_path_factory, "runs", start_all)
     return {
         workers: [torch.load(folder / f"{workers}_{place}.pth") for place in range(workers)] for workers in (1, 2, 3)
     }

@@ -64,6 +64,7 @@ def command(teacher_file, folder):
     return ["--config-file", QUICK, *own]
 
 
+@pytest.mark.slow
 def test_a_method_that_is_broken_shows_its_traceback(teacher_file, tmp_path, monkeypatch, capfd):
     def broken(self, student, teacher, targets):
         return {"loss_crosskd_cls": student.logitz.sum()}

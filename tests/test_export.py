@@ -71,6 +71,7 @@ def call(tool: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int
 # --- files
 
 
+@pytest.mark.slow
 @every
 @pytest.mark.parametrize("write", [export_torchscript, export_onnx])
 def test_files_agree_with_the_detector(tmp_path: Path, name: str, write: Any) -> None:
@@ -112,6 +113,7 @@ def spoil(kind: str, found: Detections, threshold: Tensor) -> Detections:
     }[kind]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["boxes", "scores", "classes", "too few", "nothing", "only the best missing"])
 def test_a_wrong_file_is_refused(tmp_path: Path, kind: str) -> None:
     model = detector(tmp_path)
@@ -319,8 +321,8 @@ def test_every_checkpoint_of_a_run_is_one_of_stock_detectron2(tmp_path: Path, bl
     assert main(["--config-file", distill, *opts]) == 0
 
     cfg = get_cfg()
-    cfg.merge_from_file(config)
-    cfg.merge_from_list(shared)
+    cfg.merge_from_file(str(run / "student.yaml"))
+    assert str(run / "model_final.pth") == cfg.MODEL.WEIGHTS
     checkpoints = {path.name: path for path in run.glob("*.pth")}
     assert {"model_0000000.pth", "model_final.pth", "model_ema_final.pth"} <= checkpoints.keys()
     biases = set()

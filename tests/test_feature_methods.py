@@ -365,6 +365,7 @@ def narrow_student(teacher_files: Any, name: str, method: type, options: Any) ->
     return build(distill_config(teacher_files[name], *opts, methods=[method.__name__], teacher_opts=teacher_opts))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["RetinaNet", "GFL"])
 @pytest.mark.parametrize(("method", "options"), ALL_METHODS, ids=IDS)
 def test_wider_teachers_and_images_without_ground_truth(
@@ -393,6 +394,7 @@ def test_wider_teachers_and_images_without_ground_truth(
         assert all(p.grad is None for p in student.teacher.detector.parameters())
 
 
+@pytest.mark.slow
 def test_the_teachers_head_runs_for_general_instances_only(teacher_files: Any) -> None:
     for method, options in ALL_METHODS:
         student = narrow_student(teacher_files, "GFL", method, options)

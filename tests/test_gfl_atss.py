@@ -377,6 +377,7 @@ def assign_slowly(anchors: List[Boxes], boxes: Boxes, topk: int = 9) -> Tensor:
     return match
 
 
+@pytest.mark.slow
 def test_assignment_agrees_with_the_plain_loop() -> None:
     generator = torch.Generator().manual_seed(3)
     anchors = make("gfl", zero_maps(800, 1344)).anchor_generator(zero_maps(800, 1344))

@@ -124,6 +124,7 @@ def holder(tmp_path):
         process.communicate()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [(), ("--resume",), ("--eval-only",)])
 def test_a_folder_in_use_is_refused(flags, run, teachers, holder, monkeypatch, capfd):
     monkeypatch.setattr(lock, "WAIT", 0.0)
@@ -242,6 +243,7 @@ def test_odd_records_are_not_compared(text, finished, tmp_path):
     assert folder.saved_seed() == -1
 
 
+@pytest.mark.slow
 def test_dangling_links_are_passed_over(run, teachers, capfd):
     (run / "model_0000009.pth").symlink_to(run / "nowhere")
     (run / "last_checkpoint").write_text("model_0000009.pth")
@@ -252,6 +254,7 @@ def test_dangling_links_are_passed_over(run, teachers, capfd):
 # ---- full disks while logs are written
 
 
+@pytest.mark.slow
 def test_a_log_that_cannot_be_written_ends_no_run(teachers, tmp_path, capfd):
     (tmp_path / "log.txt").symlink_to("/dev/full")
     assert train(tmp_path, teachers, "SOLVER.MAX_ITER", 1) == 0

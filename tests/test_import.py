@@ -36,6 +36,7 @@ assert state() == before, (before, state())
     )
 
 
+@pytest.mark.slow
 def test_what_is_exported_and_that_no_warnings_of_other_packages_are_shown() -> None:
     names = "add_distill_config load_config drop_teacher load_teacher Teacher DistillMetaArch"
     names += " DistillRetinaNet DistillGFL DistillATSS DistillFCOS __version__"

@@ -61,6 +61,7 @@ def gradient(model, inputs):
     return torch.cat([grads[name].flatten() for name in sorted(grads)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("detector", DETECTORS)
 def test_folded_norms_change_rounding_only(teachers, detector):
     """And a copy in bfloat16 the gradient by a little, under autocast too; the cross head stays exact."""

@@ -35,6 +35,7 @@ def assert_same(found, expected):
         assert torch.equal(found[name], value), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("methods", "cut", "frees"),
     [
@@ -65,6 +66,7 @@ def test_the_teachers_maps_are_freed_where_no_method_reads_them(methods, cut, fr
     assert_same(found, gradients(twin, kept))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", method_names())
 def test_recomputing_gives_the_same(method, teachers):
     """Also with random masks, adapters, several backward passes, and beside other methods."""

@@ -62,6 +62,7 @@ def test_own_losses_and_names_do_not_change(teacher_file, methods):
     assert all(losses[key].dtype == torch.float32 and losses[key] > 0 for key in added)
 
 
+@pytest.mark.slow
 def test_combinations_are_the_sum_of_the_single_runs(teacher_file):
     """Losses and their gradients, method by method; the student's own losses stand once."""
     methods = ("CrossKD", "PKD", "CWD", "ResponseKD")
@@ -84,6 +85,7 @@ def test_combinations_are_the_sum_of_the_single_runs(teacher_file):
         torch.testing.assert_close(grad, total[name], rtol=1e-4, atol=1e-6 * largest)
 
 
+@pytest.mark.slow
 def test_checkpoint_loads_into_stock_detectron2_and_detects_the_same(tmp_path):
     """A config that detectron2 knows without d2kd; only the adapters of PKD's unequal channels are left over."""
     cfg = get_cfg()
@@ -304,6 +306,7 @@ def losses_at(student, iteration):
         return student(batch())
 
 
+@pytest.mark.slow
 def test_after_the_end_of_all_methods_no_teacher_runs_and_the_keys_stay(tmp_path, monkeypatch):
     """Also in a run that is resumed after the end; adapters stay connected, as DistributedDataParallel needs."""
     file = save_teacher(tmp_path / "teacher.pth", *WIDER)
@@ -351,6 +354,7 @@ def test_only_what_active_methods_read_is_asked_of_the_teacher(teacher_file, mon
     assert after["loss_pkd_feature"] > 0
 
 
+@pytest.mark.slow
 def test_looking_for_the_names_of_losses_draws_no_random_numbers(teacher_file):
     for methods in (("MGD",), ("CrossKD", "PKD")):
         plain = build(distill_config(teacher_file, methods=methods))

@@ -19,6 +19,7 @@ from d2kd.signatures import arguments, fits
 QUICK = str(CONFIGS / "lazy" / "quick_crosskd_retinanet.py")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", sorted((CONFIGS / "lazy").glob("*.py")), ids=lambda path: path.stem)
 def test_configs_pass(file):
     check_nodes(LazyConfig.load(str(file)))

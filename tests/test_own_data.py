@@ -53,6 +53,7 @@ def output(config, folder):
     return [f"train.output_dir={folder}"] if str(config).endswith(".py") else ["OUTPUT_DIR", folder]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("detector", ["retinanet", "gfl", "atss", "fcos"])
 @pytest.mark.parametrize("style", ["yaml", "lazy"])
 def test_classes_of_student_and_teacher_come_from_the_file(coco, tmp_path, detector, style):
@@ -244,6 +245,7 @@ def test_mistakes_name_the_file_and_the_fix(coco, tmp_path):
     assert "3.xml is not an annotation" in message([str(voc_folder)])
 
 
+@pytest.mark.slow
 def test_a_teacher_of_other_classes_is_explained(coco, tmp_path, capfd):
     teacher = save_teacher(tmp_path / "teacher.pth")
     settings = ["MODEL.DISTILL.TEACHER.WEIGHTS", str(teacher), "OUTPUT_DIR", str(tmp_path / "run")]

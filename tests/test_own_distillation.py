@@ -45,6 +45,7 @@ def configs(series):
     return {kind: load_config(str(series.folder / f"{kind}.yaml")) for kind in LABELS}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("detector", ["retinanet", "gfl", "atss", "fcos"])
 def test_configs_fit_the_data_and_each_other(data, tmp_path, detector, capsys):
     series = plan(data, tmp_path, detector=detector, epochs=40, batch_size=4)
@@ -80,6 +81,7 @@ def test_the_runs_and_their_time(data, tmp_path, capsys):
     assert "1.5 GB" in said
 
 
+@pytest.mark.slow
 def test_other_settings_do_not_mix_with_results(data, tmp_path):
     series = plan(data, tmp_path, epochs=5)
     plan(data, tmp_path, epochs=6)  # nothing has run yet
@@ -90,6 +92,7 @@ def test_other_settings_do_not_mix_with_results(data, tmp_path):
         plan(data, tmp_path, epochs=7)
 
 
+@pytest.mark.slow
 def test_a_given_teacher_keeps_its_anchors(data, tmp_path):
     base = load_config("configs/demo_teacher.yaml").MODEL.ANCHOR_GENERATOR.SIZES
     write_config(

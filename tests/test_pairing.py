@@ -133,6 +133,7 @@ def as_student(opts):
     return [f"Distill{opt}" if opt == "GFL" else opt for opt in opts]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("detector", [(), GFL], ids=["RetinaNet", "GFL"])
 @pytest.mark.parametrize("method", ["CrossKD", "ResponseKD", "LD"])
 def test_class_losses_see_shared_classes_only(tmp_path, detector, method):
@@ -153,6 +154,7 @@ def test_class_losses_see_shared_classes_only(tmp_path, detector, method):
     assert (step(student, batch())[key] - before).abs() > 1e-3 * before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("student", "teacher", "class_map"),
     [("3", "2", "((0, 1),)"), ("2", "3", "((0, 2), (1, 0))"), ("3", "3", "('*',)")],
@@ -222,6 +224,7 @@ def test_schedule_by_hand():
     assert Schedule(warmup=10, decay=2, end=4).weight(3) == pytest.approx(0.4 * 0.5)
 
 
+@pytest.mark.slow
 def test_schedule_scales_a_methods_losses(teacher_file):
     plain = make(teacher_file, methods=["CrossKD", "PKD"])
     scheduled = make(

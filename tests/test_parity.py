@@ -136,6 +136,7 @@ def golden_gradients(case: Case) -> Dict[str, Tensor]:
     return {**full, **norms, **{f"FPN map {i}": level for i, level in enumerate(maps)}}
 
 
+@pytest.mark.slow
 @all_cases
 def test_gradients(path: Path) -> None:
     def run(double: bool) -> Dict[str, Tensor]:

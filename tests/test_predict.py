@@ -173,6 +173,7 @@ def write_video(path: Path, frames: int) -> None:
     writer.release()
 
 
+@pytest.mark.slow
 def test_videos_stay_videos(tmp_path: Path, weights: Path, call: Callable[..., int]) -> None:
     write_video(tmp_path / "clip.mp4", 3)
     args = ["--weights", weights, "--config-file", DISTILL, "--output", tmp_path / "out"]
@@ -209,6 +210,7 @@ class Known:
         )
 
 
+@pytest.mark.slow
 def test_images_come_first_on_which_detectors_differ(tmp_path: Path, blood_cells: Path) -> None:
     every = Known("blood_cells_val", lambda i: slice(None))
     none_of_third = Known("blood_cells_val", lambda i: slice(0 if i == 2 else None))

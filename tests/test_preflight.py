@@ -143,6 +143,7 @@ MISTAKES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_broken_teacher_is_refused_with_the_cause(mistake, folder, loader, tmp_path):
     change, teacher_opts, message = MISTAKES[mistake]
@@ -153,6 +154,7 @@ def test_a_broken_teacher_is_refused_with_the_cause(mistake, folder, loader, tmp
     assert rows_of(str(error.value))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2])
 def test_a_random_backbone_is_not_silent(seed, folder, loader, tmp_path, log):
     """A trained head makes something of random features, so this is no clear case for every network."""
@@ -182,6 +184,7 @@ def test_train_mode(folder, loader):
         check_teacher(model, loader, IMAGES)
 
 
+@pytest.mark.slow
 def test_the_class_map_that_it_names_mends_the_order(folder, loader, tmp_path):
     weights = altered(folder, tmp_path, PERMUTED)
     check_teacher(student(weights, "MODEL.DISTILL.CLASS_MAP", "((0,2),(1,0),(2,1))"), loader, IMAGES)
@@ -190,6 +193,7 @@ def test_the_class_map_that_it_names_mends_the_order(folder, loader, tmp_path):
         check_teacher(student(weights, "MODEL.DISTILL.CLASS_MAP", "((1,1),(2,0))"), loader, IMAGES)
 
 
+@pytest.mark.slow
 def test_classes_do_not_matter_to_feature_methods(folder, loader, tmp_path, log):
     check_teacher(student(altered(folder, tmp_path, PERMUTED), methods=("PKD",)), loader, IMAGES)
     assert "No method reads classes, but the teacher counts its classes in another order" in log.text
@@ -198,6 +202,7 @@ def test_classes_do_not_matter_to_feature_methods(folder, loader, tmp_path, log)
     assert "not checked: it has other classes" in log.text
 
 
+@pytest.mark.slow
 def test_a_weak_teacher_is_a_warning(folder, loader, log):
     check_teacher(student(folder / "weak_RetinaNet.pth"), loader, IMAGES)
     assert "The teacher is weak: AP50" in log.text
@@ -236,6 +241,7 @@ def test_a_run_is_stopped_before_its_first_iteration(command, folder, tmp_path, 
     assert main([*again[:2], "--resume", *again[2:]]) == 0  # a resumed run has passed already
 
 
+@pytest.mark.slow
 def test_a_teacher_that_detects_is_not_called_random(folder, loader):
     """GFL's class scores start low: after few iterations its loss is hardly below that with shuffled weights."""
     check_teacher(student(folder / "weak_GFL.pth", kind="GFL"), loader, IMAGES)

@@ -24,6 +24,7 @@ def test_yaml_configs_pass(file):
     check_config(load_config(file))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", sorted((CONFIGS / "lazy").glob("*.py")), ids=lambda path: path.stem)
 def test_lazy_configs_pass(file):
     config = with_defaults(LazyConfig.load(str(file)))

@@ -220,6 +220,7 @@ def test_scale_pairs_levels_in_the_students_pixels(teacher_file):
     assert re.search(r"p3 / p4\s+8 / 8", dry_run(student, inputs))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", ["0.5", "2.0", "4.0"])
 @pytest.mark.parametrize("method", ["FGD", "MGD", "CWD", "FitNet"])
 def test_maps_of_a_scaled_teacher_have_the_students_sizes(teacher_file, method, scale):
@@ -237,6 +238,7 @@ def test_scales_without_equal_strides_need_levels_and_a_method_that_resizes(teac
     assert step(student, batch(sizes=[(90, 125)]))["loss_pkd_feature"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["CrossKD", "ResponseKD", "LD"])
 def test_methods_that_read_heads_refuse_a_scaled_teacher(tmp_path, method):
     file = save_teacher(tmp_path / "dense.pth")
@@ -299,6 +301,7 @@ class Finder(torch.nn.Module):
         return [{"instances": found}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("input_format", "std", "change", "message"),
     [

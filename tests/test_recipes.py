@@ -10,6 +10,7 @@ PAGE = (CONFIGS.parent / "docs" / "methods.md").read_text()
 TABLE = [line for line in PAGE.partition("### What the detectors cost")[2].splitlines() if line.count("|") == 5]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["retinanet_R18_64", "gfl_R18_128", "retinanet_lite0"])
 def test_the_page_has_what_the_tool_counts(name):
     if name.endswith("lite0"):

@@ -87,6 +87,7 @@ def page(file: Path) -> Page:
     return Page(file)
 
 
+@pytest.mark.slow
 def test_the_page_is_complete_and_needs_no_other_file(page: Page) -> None:
     expected = ["Results", "AP", "Losses", "Classes and sizes", "Distillation", "Detections on blood_cells_val"]
     assert page.texts_of("h2") == [*expected, "Features and scores: crosskd", "Configs and commands"]
@@ -209,6 +210,7 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
     assert len(svgs(page.source)) == 1
 
 
+@pytest.mark.slow
 def test_a_data_set_that_is_not_registered(runs: Path, tmp_path: Path) -> None:
     run = shutil.copytree(runs / "crosskd_seed1", tmp_path / "run")
     (run / "inference" / "blood_cells_val").rename(run / "inference" / "elsewhere")
@@ -217,6 +219,7 @@ def test_a_data_set_that_is_not_registered(runs: Path, tmp_path: Path) -> None:
     assert "No pictures: the data set elsewhere is not registered in this process." in page.texts_of("p")
 
 
+@pytest.mark.slow
 def test_a_teacher_that_is_gone(runs: Path, tmp_path: Path) -> None:
     run = shutil.copytree(runs / "crosskd_seed1", tmp_path / "run")
     config = (run / "config.yaml").read_text()
@@ -238,6 +241,7 @@ def test_runs_are_found_and_named(runs: Path, tmp_path: Path) -> None:
         write_report([], tmp_path / "report.html")
 
 
+@pytest.mark.slow
 def test_a_run_with_a_lazy_config(runs: Path, tmp_path: Path) -> None:
     run = shutil.copytree(runs / "crosskd_seed1", tmp_path / "run")
     words = ["cd", str(CONFIGS.parent), "&&", "python", "train_net.py", "--config-file"]

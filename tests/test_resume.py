@@ -102,6 +102,7 @@ def test_a_random_seed_is_kept(teachers, tmp_path, at):
     assert_same_end(tmp_path / "broken", tmp_path / "again")
 
 
+@pytest.mark.slow
 def test_sigterm_finishes_the_iteration_and_saves(teachers, unbroken, tmp_path, at, capfd):
     before = signal.getsignal(signal.SIGTERM)
     at(2, sigterm)
@@ -113,6 +114,7 @@ def test_sigterm_finishes_the_iteration_and_saves(teachers, unbroken, tmp_path, 
     assert_same_end(unbroken, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_restart_by_torchrun_resumes(teachers, unbroken, tmp_path, at, monkeypatch):
     """With --max-restarts it repeats the command without --resume."""
     at(4, kill)
@@ -123,6 +125,7 @@ def test_a_restart_by_torchrun_resumes(teachers, unbroken, tmp_path, at, monkeyp
     assert_same_end(unbroken, tmp_path)
 
 
+@pytest.mark.slow
 def test_damaged_checkpoints_are_passed_over(teachers, unbroken, tmp_path, capfd):
     """Truncated, then empty: the run resumes from the previous one, whatever the pointer says."""
     shutil.copytree(unbroken, tmp_path, dirs_exist_ok=True)
@@ -140,6 +143,7 @@ def test_damaged_checkpoints_are_passed_over(teachers, unbroken, tmp_path, capfd
     assert not list(tmp_path.glob("*.partial"))
 
 
+@pytest.mark.slow
 def test_no_readable_checkpoint_is_told(teachers, unbroken, tmp_path, capfd):
     shutil.copytree(unbroken, tmp_path, dirs_exist_ok=True)
     for path in checkpoints_in(tmp_path):
@@ -188,6 +192,7 @@ def test_a_run_is_not_overwritten_or_mixed_up(make, teachers, tmp_path, capfd):
     assert resume(tmp_path, teachers, *rate, make=make) == 0  # these are the run's values now
 
 
+@pytest.mark.slow
 def test_a_changed_teacher_is_refused(teachers, unbroken, tmp_path, capfd):
     run = tmp_path / "run"
     shutil.copytree(unbroken, run)
@@ -203,6 +208,7 @@ def test_a_changed_teacher_is_refused(teachers, unbroken, tmp_path, capfd):
     assert "moved.pth is not the one this run was started with" in error
 
 
+@pytest.mark.slow
 def test_ema(teachers, tmp_path):
     """The file is a plain checkpoint of the average of all iterates, and its AP stands beside the student's."""
     period = ["SOLVER.CHECKPOINT_PERIOD", "1", "DATASETS.TEST", "('blood_cells_val',)"]
@@ -225,6 +231,7 @@ def test_ema_decay_out_of_range_is_told(teachers, tmp_path, capfd):
     assert "SOLVER.EMA_DECAY" in last_error(capfd)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_names_itself_and_the_images(teachers, blood_cells, tmp_path, at, monkeypatch, capfd):
     forward = CrossKD.forward
 

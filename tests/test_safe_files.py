@@ -632,6 +632,7 @@ def detector(entry: str) -> nn.Module:
     return build_model(load_config(str(CONFIGS / "Base-dense.yaml"), opts))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("entry", DETECTORS)
 def test_every_layout_converts_to_the_same(entry: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     state, model = numbered(entry), detector(entry)

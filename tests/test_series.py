@@ -81,6 +81,7 @@ def test_spread():
     assert spread([1.0, 3.0], 2) == "2.00 ± 1.41"
 
 
+@pytest.mark.slow
 def test_pictures_are_drawn(tmp_path):
     run = make(tmp_path, "plain", 1)
     run_all([run])

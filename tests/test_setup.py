@@ -23,6 +23,7 @@ def setup(**variables):
     return subprocess.run(["bash", ROOT / "scripts" / "setup.sh"], env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_without_detectron2_one_sentence_says_how_to_get_it():
     code = "import sys; sys.modules['detectron2'] = None; import d2kd"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
@@ -150,6 +151,7 @@ def test_the_registry_build_no_longer_claims_python_310_and_numpy_1(environment)
     assert "Requires-Dist: numpy\nRequires-Dist: black\n" in (info / "METADATA").read_text()
 
 
+@pytest.mark.slow
 def test_what_was_chosen_stays_until_another_is_chosen(environment, checkout):
     environment.setup()
     done, calls = environment.setup(DETECTRON2="official")
@@ -194,6 +196,7 @@ def test_two_builds_at_once_are_both_removed(environment, choice, left):
     assert environment.installed == left
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("url", "message"),
     [

@@ -76,6 +76,7 @@ def detectron2_fcos() -> nn.Module:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["RetinaNet", "GFL", "ATSS", "FCOS"])
 def test_losses_and_gradients_are_those_of_the_registered_student(name: str, tmp_path: Path) -> None:
     opts = ("MODEL.META_ARCHITECTURE", name)

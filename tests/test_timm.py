@@ -35,6 +35,7 @@ def plain(*opts):
     return load_config(str(CONFIGS / "quick_retinanet.yaml"), [*TIMM, *map(str, opts)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [NAME, RESNET, "test_convnext", "swin_tiny_patch4_window7_224"])
 def test_stages_are_named_by_stride(name):
     backbone = TimmBackbone(name, out_features=["res2", "res4", "res5"]).eval()
@@ -157,6 +158,7 @@ def test_norms(norm, moves, classifier):
     assert found["res5"].requires_grad
 
 
+@pytest.mark.slow
 def test_pixels_are_taken_over_or_checked(classifier, tmp_path):
     """detectron2's defaults are replaced by timm's; others are compared."""
     weights = ["MODEL.TIMM.PRETRAINED", classifier[1]]
@@ -235,6 +237,7 @@ def test_efficientnet_lite_gets_timms_names(tmp_path, capsys):
     assert torch.equal(net.blocks[0][0].conv_dw.weight, source["_blocks.0._depthwise_conv.weight"])
 
 
+@pytest.mark.slow
 def test_other_orders_and_shapes_are_refused():
     source = efficientnet_lite()
     last = list(source)[-1]

@@ -39,6 +39,7 @@ def weights(folder):
     return torch.load(folder / "model_final.pth")["model"]
 
 
+@pytest.mark.slow
 def test_train_then_evaluate_without_the_teacher(teacher_file, tmp_path, capsys):
     """Trains, deletes the teacher, and gets the same AP from the distilled and from the plain config."""
     own_teacher = tmp_path / "teacher.pth"
@@ -85,6 +86,7 @@ def test_two_processes_equal_one(teacher_file, tmp_path):
     assert start.keys() == one.keys()
 
 
+@pytest.mark.slow
 def test_lazy_run_with_overrides(teacher_file, tmp_path, capsys):
     args = ["model.methods.0.cut=2", "train.max_iter=2", f"model.teacher.weights={teacher_file}"]
     assert main(["--config-file", LAZY, *args, f"train.output_dir={tmp_path}"]) == 0

@@ -101,6 +101,7 @@ def arguments(style, teacher_file, folder, iterations=2):
     return ["--config-file", YAML, *(str(x) for pair in own.items() for x in pair), "SEED", "3"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("style", ["yaml", "lazy"])
 def test_a_subclass_runs_in_both_styles(style, teacher_file, tmp_path):
     run = tmp_path / "run"
@@ -143,6 +144,7 @@ def test_a_script_can_use_the_trainer(teacher_file, tmp_path):
     assert (tmp_path / "model_final.pth").exists()
 
 
+@pytest.mark.slow
 def test_checkpoints_of_stock_lazy_runs_can_be_resumed(teacher_file, tmp_path):
     """Their trainer is detectron2's SimpleTrainer itself, so its state is not nested."""
     run = tmp_path / "run"
@@ -159,6 +161,7 @@ def test_checkpoints_of_stock_lazy_runs_can_be_resumed(teacher_file, tmp_path):
     assert torch.equal(trainer.optimizer.state_dict()["state"][0]["momentum_buffer"], momentum)
 
 
+@pytest.mark.slow
 def test_values_of_a_lazy_config_are_checked(teacher_file, tmp_path, capfd):
     for override, message in (
         ("train.max_iter=0", "train.max_iter is 0; it must be 1 or more"),
@@ -225,6 +228,7 @@ def test_a_lazy_config_may_name_several_test_sets(blood_cells):
     assert isinstance(LazyRecipe(recipe.config).with_seed(7).options.seed, int)
 
 
+@pytest.mark.slow
 def test_a_run_leaves_the_loggers_as_they_were(teacher_file, tmp_path):
     loggers = [logging.getLogger(name) for name in ("detectron2", "fvcore", "d2kd")]
     before = [(x.level, x.propagate, list(x.handlers)) for x in loggers]

@@ -261,6 +261,7 @@ def shared(tmp_path_factory, blood_cells):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", PROVOCATIONS)
 def test_the_mistake_gives_the_message_of_its_row(start, shared, capfd, monkeypatch):
     folder = shared / str(len(list(shared.iterdir())))

@@ -19,6 +19,7 @@ from ..errors import D2kdError
 from .lock import locked
 from .recipe import Recipe
 from .sources import SOURCE_FILES, Sources, changes
+from .student_file import STUDENT_FILE, write_student
 
 ALLOW = "--allow-config-change"
 CONFIG_FILE = "run.json"
@@ -87,7 +88,7 @@ class RunFolder:
         return seed if type(seed) is int else -1
 
     def record(self, sources: Sources) -> None:
-        """Writes run.json (the config), teacher.json and data.json, and adds the command to commands.txt.
+        """Writes run.json (the config), teacher.json, data.json and student.yaml, and adds the command to commands.txt.
 
         It also removes partial files of a killed process.
 
@@ -103,6 +104,8 @@ class RunFolder:
             path = os.path.join(self.path, name)
             with report_write_errors(path):
                 files.write_text(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
+        with report_write_errors(os.path.join(self.path, STUDENT_FILE)):
+            write_student(self.recipe.config, self.path)
         commands = os.path.join(self.path, "commands.txt")
         with report_write_errors(commands), open(commands, "a", encoding="utf-8") as file:
             command = f"cd {shlex.quote(os.getcwd())} && {shlex.join(['python', *sys.argv])}"
