@@ -55,7 +55,9 @@ def quantize_onnx(source: Path, target: Path, images: Iterable[Tensor], score_th
 
     with tempfile.TemporaryDirectory(prefix="d2kd_int8_") as folder:
         prepared = Path(folder) / "prepared.onnx"
-        quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)  # which sizes that vary defeat
+        # Only marks the file and infers shapes. Its optimizer makes files that fail where a level has no candidate, and
+        # torch has folded the statistics of BatchNorm already.
+        quant_pre_process(str(source), str(prepared), skip_optimization=True, skip_symbolic_shape=True)
         quantize_static(
             str(prepared),
             str(target),

@@ -47,6 +47,9 @@ def test_all_convolutions_but_the_last_have_8_bits(tmp_path: Path, name: str) ->
     assert [name for name in found if not found[name]] == [name for name in found if last(name)]
     assert sum(found.values()) > sum(map(last, found)) > 0
     assert [x.version for x in written.opset_import if not x.domain] == [OPSET]
+    scores = run(images[0], torch.tensor(0.0))[1]
+    assert len(run(images[0], scores[:2].mean())[0]) < 5 or name == "FCOS"  # all levels but one have no candidate
+    assert len(run(images[0], torch.tensor(2.0))[0]) == 0
     for image in images:
         boxes, _, classes = (x[:10] for x in Exportable(model)(image, torch.tensor(0.0)))
         ours = run(image, torch.tensor(0.0))
