@@ -36,13 +36,14 @@ def measure(detector: nn.Module, size: Tuple[int, int] = COCO_SIZE, seconds: flo
     Args:
         detector: any detector with a ``backbone``; without a dense ``head``, only the backbone's MACs are counted.
         size: height and width of the image in pixels.
-        seconds: how long to measure the latency, at least; 0 does not measure it. Only for dense detectors.
+        seconds: how long to measure the latency, at least; 0 does not measure it.
     """
     latency = None
-    if seconds and isinstance(detector, DenseDetector):
+    if seconds:
         from .export import Exportable, median_ms
 
-        latency = median_ms(Exportable(detector), detector.device, size, seconds)
+        run = Exportable(detector) if isinstance(detector, DenseDetector) else _Whole(detector)
+        latency = median_ms(run, detector.device, size, seconds)
     return Complexity(count_macs(detector, size), num_parameters(detector), latency)
 
 
@@ -92,6 +93,17 @@ def num_parameters(network: nn.Module) -> int:
     """Number of a detector's parameters, without the adapters of methods."""
     counts = parameter_count(network)
     return counts[""] - counts.get("distill", 0)
+
+
+class _Whole:
+    """Any detector as a function like :class:`Exportable`, with its own score threshold."""
+
+    def __init__(self, detector: nn.Module) -> None:
+        self.detector = copy.deepcopy(detector).eval()
+
+    @torch.no_grad()
+    def __call__(self, image: Tensor, score_threshold: Tensor) -> Any:
+        return self.detector([{"image": image}])
 
 
 class _Network(nn.Module):

@@ -127,7 +127,12 @@ def evaluation_size(config_file: str, opts: Sequence[str] = ()) -> Tuple[int, in
     They are INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST, or those of ``ResizeShortestEdge`` in a LazyConfig's
     ``dataloader.test.mapper``; 800 and 1333 if the config does not resize.
     """
-    shortest, longest = evaluation_edges(_load(config_file, opts))
+    return evaluation_size_of(_load(config_file, opts))
+
+
+def evaluation_size_of(cfg: Any) -> Tuple[int, int]:
+    """:func:`evaluation_size` of a config that is loaded, of either style."""
+    shortest, longest = evaluation_edges(cfg)
     shortest, longest = shortest or DEFAULT_SIZE[0], longest or DEFAULT_SIZE[1]
     return min(shortest, longest), longest
 

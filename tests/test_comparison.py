@@ -124,7 +124,7 @@ def settings(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_whole(settings, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(comparison, "cost_columns", lambda config, weights, *_: {"GMACs": weights.parent.name})
+    monkeypatch.setattr(costs_module, "cost_columns", lambda config, weights, *_: {"GMACs": weights.parent.name})
     methods = ["CrossKD", "same-time", "plain", "pseudo-labels"]
     Comparison(**settings, methods=methods, seeds=2).run()
     said = capsys.readouterr().out

@@ -103,7 +103,7 @@ def test_a_level_without_a_partner_is_left_out(teacher_file, caplog):
     assert len(student.distill["pkd"].adapters) == 4
     losses = step(student, batch())
     assert all(losses[name] > 0 for name in ("loss_pkd_feature", "loss_fitnet_feature"))
-    text = dry_run(student, batch())
+    text = dry_run(student, batch(), (128, 256))
     for words in (r"p3 / p3\s+8 / 8\s+32 / 32\s+3 / -", r"p7 / none\s+128 / none", r"RetinaNet\s+GeneralizedRCNN"):
         assert re.search(words, text), text
     assert re.search(r"classes\s+3\s+3", text)
@@ -120,7 +120,7 @@ def test_levels_pair_levels_by_name_and_pkd_resizes(teacher_file):
     p3 = torch.nn.functional.interpolate(own["p3"], scale_factor=2, mode="bilinear")
     expected = 6 * (pkd(p3, theirs["p2"]) + pkd(own["p5"], theirs["p5"]))
     torch.testing.assert_close(losses["loss_pkd_feature"], expected)
-    assert re.search(r"p3 / p2\s+8 / 4", dry_run(student, inputs))
+    assert re.search(r"p3 / p2\s+8 / 4", dry_run(student, inputs, (128, 256)))
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,7 @@ def test_scale_pairs_levels_in_the_students_pixels(teacher_file):
         torch.testing.assert_close(found, expected[name])
         assert found.shape[-2:] == own.shape[-2:]
     assert step(student, inputs)["loss_pkd_feature"] > 0
-    assert re.search(r"p3 / p4\s+8 / 8", dry_run(student, inputs))
+    assert re.search(r"p3 / p4\s+8 / 8", dry_run(student, inputs, (128, 256)))
 
 
 @pytest.mark.slow

@@ -269,6 +269,7 @@ def test_the_demo_ends_with_a_report(
 ) -> None:
     for other in ("draw_curves", "draw_grid"):
         monkeypatch.setattr(f"d2kd.experiments.demo.{other}", lambda *_: None)
+    monkeypatch.setattr("d2kd.experiments.demo.costs_of", lambda *_: {})
     demo = Demo(output=str(runs))
     demo._report([demo._make_run(kind, 1, 200) for kind in ("teacher", "student", "crosskd")])
     assert f"wrote {runs / 'report.html'}" in capsys.readouterr().out

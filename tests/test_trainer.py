@@ -229,10 +229,11 @@ def test_a_lazy_config_may_name_several_test_sets(blood_cells):
 
 
 @pytest.mark.slow
-def test_a_run_leaves_the_loggers_as_they_were(teacher_file, tmp_path):
+def test_a_run_logs_each_line_once_and_leaves_the_loggers_as_they_were(teacher_file, tmp_path, capfd):
     loggers = [logging.getLogger(name) for name in ("detectron2", "fvcore", "d2kd")]
     before = [(x.level, x.propagate, list(x.handlers)) for x in loggers]
     assert main([*arguments("yaml", teacher_file, tmp_path), "DATASETS.TEST", "()"]) == 0
     assert [(x.level, x.propagate, list(x.handlers)) for x in loggers] == before
-    assert "Starting training from iteration 0" in (tmp_path / "log.txt").read_text()
+    for text in (capfd.readouterr().out, (tmp_path / "log.txt").read_text()):
+        assert text.count("Starting training from iteration 0") == 1
     assert json.loads((tmp_path / "run.json").read_text())["SEED"] == 3

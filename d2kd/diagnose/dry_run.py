@@ -1,14 +1,14 @@
 """The dry run: how student, teacher and methods fit together, and the gradient of each loss at the FPN."""
 
 from collections import Counter
-from typing import TYPE_CHECKING, Any, Dict, List, Mapping, cast
+from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Tuple, cast
 
 from detectron2.utils.events import EventStorage
 from fvcore.nn import parameter_count
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from ..complexity import num_parameters
+from ..complexity import Complexity, measure
 from ..contract import channel_order, level_names, levels, num_classes
 from ..errors import D2kdError
 from ..heads import Cut
@@ -18,12 +18,17 @@ if TYPE_CHECKING:
     from ..meta_arch import DistillMetaArch
 
 
-def dry_run(model: nn.Module, batch: List[Dict[str, Any]]) -> str:
+# How long the latency of each detector is measured, at least, in seconds.
+LATENCY_SECONDS = 0.3
+
+
+def dry_run(model: nn.Module, batch: List[Dict[str, Any]], size: Tuple[int, int]) -> str:
     """Runs one batch through a student and its teacher and describes what happens, without training.
 
     Args:
         model: a :class:`DistillMetaArch` with methods, in training mode.
         batch: images with annotations, as :class:`DatasetMapper` returns them.
+        size: height and width in pixels of the image with which the cost of both detectors is measured.
 
     Returns:
         Tables of the detectors, of the methods, and of all losses with their gradients, then warnings, if any.
@@ -42,16 +47,19 @@ def dry_run(model: nn.Module, batch: List[Dict[str, Any]]) -> str:
     weighted = {name: method for name, method in student.distill.items() if hasattr(method, "weight")}
     weights = {name: cast(float, method.weight) for name, method in weighted.items()}
     warnings = [f"warning: {text}" for text in weight_warnings(ratios, names, weights)]
-    return "\n\n".join([detector_tables(student), method_table(student), loss_table(losses, ratios), *warnings])
+    return "\n\n".join([detector_tables(student, size), method_table(student), loss_table(losses, ratios), *warnings])
 
 
-def detector_tables(model: "DistillMetaArch") -> str:
-    """Tables of student and teacher, as a whole and level by level."""
+def detector_tables(model: "DistillMetaArch", size: Tuple[int, int]) -> str:
+    """Tables of student and teacher, as a whole and level by level; size as for :func:`dry_run`."""
     assert model.teacher is not None
     both = (model, model.teacher.architecture)
+    costs = [_cost(model, size), _cost(model.teacher.network, size, model.teacher.scale)]
     whole: List[List[Any]] = [
         ["detector", *(type(detector).__name__ for detector in both)],
-        ["parameters", *(f"{num_parameters(network) / 1e6:.2f} M" for network in (model, model.teacher.network))],
+        ["parameters", *(f"{cost.parameters / 1e6:.2f} M" for cost in costs)],
+        [f"MACs, {size[0]} x {size[1]}", *(f"{cost.macs / 1e9:.3g} G" for cost in costs)],
+        [f"latency, {model.device.type}", *(f"{cost.latency_ms:.0f} ms" for cost in costs)],
         ["classes", *(num_classes(detector) for detector in both)],
         ["channel order", channel_order(model), model.teacher.input_format],
     ]
@@ -68,6 +76,12 @@ def detector_tables(model: "DistillMetaArch") -> str:
             tabulate(rows, headers=headers, tablefmt="simple", disable_numparse=True),
         ]
     )
+
+
+def _cost(detector: nn.Module, size: Tuple[int, int], scale: float = 1.0) -> Complexity:
+    """What one image costs, decoding and NMS included, with the weights that the detector has now."""
+    height, width = (round(side * scale) for side in size)
+    return measure(detector, (height, width), LATENCY_SECONDS)
 
 
 def _levels(detector: Any, scale: float = 1.0) -> List[List[str]]:

@@ -10,6 +10,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from ..data.coco import Remark
+from ..progress import log_above_bars
 
 LOGGERS = ("detectron2", "fvcore", "d2kd")
 
@@ -28,7 +29,8 @@ def run_logs(folder: str) -> Iterator[None]:
         setup_logger(folder, distributed_rank=comm.get_rank(), **({} if name == "detectron2" else {"name": name}))
     _tell_write_errors_once(folder)
     try:
-        yield
+        with log_above_bars(LOGGERS):
+            yield
     except Exception:
         _write_to_files(traceback.format_exc())
         raise

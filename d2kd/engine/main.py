@@ -26,6 +26,7 @@ from ..errors import (
 )
 from ..keys import lazy_keys
 from .devices import check_num_gpus
+from .estimate import Processes
 from .hooks import EXIT_PREEMPTED, Preempted
 from .launch import (
     check_address,
@@ -64,7 +65,7 @@ Change options at the end, in the style of the config:
     $ python train_net.py --config-file cfg.yaml SOLVER.MAX_ITER 100 MODEL.DISTILL.CROSSKD.CUT 2
     $ python train_net.py --config-file cfg.py train.max_iter=100 model.methods.0.cut=2
 
-Look at one batch before a long run: wiring, losses, and weights that are far off:
+Look at one batch before a long run: wiring, losses, weights that are far off, time and memory:
     $ python train_net.py --config-file cfg.yaml --dry-run
 
 Evaluate; no teacher is needed:
@@ -138,7 +139,7 @@ def parser() -> argparse.ArgumentParser:
         "--dry-run",
         action="store_true",
         help="run one batch, show how student, teacher and methods fit, what each loss is and how strongly it pulls at "
-        "the FPN, and write nothing",
+        "the FPN, what both detectors cost to run, how long the training takes and with how much memory; write nothing",
     )
     return arguments
 
@@ -177,7 +178,7 @@ def _start(args: argparse.Namespace, trainer: Type[Trainer]) -> None:
     if args.dry_run:
         print(*(text for _, text in checked.remarks), sep="\n")
         with known_mistakes():
-            print(dry_run(recipe, trainer))
+            print(dry_run(recipe, trainer, _processes(args)))
     elif args.num_gpus * args.num_machines > 1:
         check_address(args.dist_url, args.num_machines, args.machine_rank)
         with sigterm_for_children():
@@ -194,6 +195,14 @@ class Checked(NamedTuple):
     sources: Sources
 
 
+def _processes(args: argparse.Namespace) -> Processes:
+    """The processes that a run with these arguments has, or those of torchrun, which are not joined yet."""
+    if under_torchrun():
+        count = int(os.environ["WORLD_SIZE"])
+        return Processes(count, count // int(os.environ["LOCAL_WORLD_SIZE"]))
+    return Processes(max(1, args.num_gpus * args.num_machines), args.num_machines)
+
+
 def _check(args: argparse.Namespace, recipe: Recipe) -> Checked:
     """Checks what can be checked before anything is built, once per machine.
 
@@ -203,7 +212,7 @@ def _check(args: argparse.Namespace, recipe: Recipe) -> Checked:
     check_values(recipe)
     if not args.eval_only:
         check_weights_file(recipe)
-        check_batch(recipe, comm.get_world_size() if under_torchrun() else max(1, args.num_gpus * args.num_machines))
+        check_batch(recipe, _processes(args).total)
     sets = [*([] if args.eval_only else recipe.train_sets), *recipe.test_sets]
     remarks = [args.data.remark()] if args.data else []
     remarks += check_datasets(sets, recipe.num_classes, evaluated=recipe.test_sets)

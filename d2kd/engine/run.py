@@ -1,12 +1,14 @@
 """One run in one process: training, evaluating, or looking at one batch. The same for both config styles."""
 
-from typing import Any, Dict, Type
+from typing import Any, Dict, List, Type
 
 from ..checkpoint import load_strict
 from ..checkpoint.run_checkpoints import RunCheckpointer
 from ..diagnose.dry_run import dry_run as describe
 from ..errors import D2kdError
+from ..export import evaluation_size_of
 from .accumulate import micro_batches
+from .estimate import ONE_PROCESS, Processes, measure_training, training_table
 from .recipe import Recipe
 from .trainer import Trainer
 from .values import warn_of_learning_rate
@@ -58,10 +60,30 @@ def evaluate(recipe: Recipe, trainer: Type[Trainer] = Trainer, resume: bool = Fa
     return trainer.test(recipe.config, model)
 
 
-def dry_run(recipe: Recipe, trainer: Type[Trainer] = Trainer) -> str:
-    """Describes what training does with one batch, and trains nothing; see :func:`d2kd.diagnose.dry_run.dry_run`."""
-    recipe = recipe.with_seed(0)
+def dry_run(recipe: Recipe, trainer: Type[Trainer] = Trainer, processes: Processes = ONE_PROCESS) -> str:
+    """Describes what training does with one batch and what it takes, and trains nothing.
+
+    Args:
+        recipe: of the run.
+        trainer: its methods make model and loaders.
+        processes: that the run would have; here there is one, which sees its part of a batch.
+
+    Returns:
+        What :func:`d2kd.diagnose.dry_run.dry_run` says, and a table of time and memory.
+
+    Raises:
+        D2kdError: something in the config, data or files is wrong.
+    """
+    recipe = recipe.for_workers(processes.total).with_seed(0)
     model = trainer.build_model(recipe.config)
     RunCheckpointer(model, save_to_disk=False).load(recipe.options.weights)
-    batch = next(iter(trainer.build_train_loader(recipe.config)))
-    return describe(model.train(), micro_batches(batch, recipe.options.accumulate)[0])
+    batches = iter(trainer.build_train_loader(processes.part(recipe).config))
+    batch = micro_batches(next(batches), recipe.options.accumulate)[0]
+    text = describe(model.train(), batch, evaluation_size_of(recipe.config))
+    try:
+        measured = measure_training(recipe, model, batches)
+    except FloatingPointError:
+        return f"{text}\n\nwarning: a loss is not finite, so that nothing can be trained or measured"
+    loaders: List[Any] = [trainer.build_test_loader(recipe.config, name) for name in recipe.test_sets]
+    images = sum(len(getattr(loader, "dataset", loader)) for loader in loaders)
+    return f"{text}\n\n{training_table(recipe, measured, images, processes)}"

@@ -23,12 +23,27 @@ from ..checkpoint.run_checkpoints import RunCheckpointer
 from ..data.bad_images import BadImages
 from ..diagnose.preflight import check_teacher
 from ..errors import D2kdError, known_mistakes
+from ..progress import progress_bar
 from .accumulate import accumulate
 from .devices import wrap_ddp
-from .hooks import EMA, Evaluation, Reproducible, Saving, Watch
+from .hooks import EMA, Evaluation, Progress, Reproducible, Saving, Watch
 from .precision import amp_trainer
-from .recipe import Config
+from .recipe import Config, RunOptions
 from .styles import to_recipe
+
+
+def make_loop(
+    options: RunOptions, model: nn.Module, loader: Iterable[Any], optimizer: torch.optim.Optimizer
+) -> SimpleTrainer:
+    """Makes what runs the steps of a training, in the precision and with the micro-batches that the options ask for."""
+    loop = (
+        amp_trainer(model, loader, optimizer, options.amp_dtype)
+        if options.amp
+        else SimpleTrainer(model, loader, optimizer)
+    )
+    if options.accumulate > 1:
+        accumulate(loop, options.accumulate, options.seed)
+    return loop
 
 
 class Trainer(DefaultTrainer):
@@ -54,18 +69,13 @@ class Trainer(DefaultTrainer):
         optimizer = self.build_optimizer(cfg, model)
         loader = self.build_train_loader(cfg)
         model = wrap_ddp(model, **self.recipe.ddp_options)
-        self._trainer = (
-            amp_trainer(model, loader, optimizer, options.amp_dtype)
-            if options.amp
-            else SimpleTrainer(model, loader, optimizer)
-        )
-        if options.accumulate > 1:
-            accumulate(self._trainer, options.accumulate, options.seed)
+        self._trainer = make_loop(options, model, loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = RunCheckpointer(model, options.output_dir, trainer=weakref.proxy(self))
         self.start_iter = 0
         self.max_iter = options.max_iter
         self.watch = Watch(self._trainer)
+        self.progress = Progress()
         self.results: Dict[str, Any] = {}
         self.register_hooks(self.build_hooks())
 
@@ -157,7 +167,7 @@ class Trainer(DefaultTrainer):
         built += [ema] if ema else []
         built += [BadImages()] if getattr(getattr(loader, "dataset", None), "skip_bad_images", False) else []
         saving = Saving(self.checkpointer, self.watch, options.checkpoint_period, options.max_to_keep)
-        built += [saving, Evaluation(options.eval_period, self._evaluate, saving)]
+        built += [self.progress, saving, Evaluation(options.eval_period, self._evaluate, saving)]
         if ema:
             average = ema.average
             built.append(Evaluation(options.eval_period, lambda: {"ema": self._evaluate_average(average)}, saving))
@@ -166,12 +176,15 @@ class Trainer(DefaultTrainer):
         return built
 
     def _evaluate(self) -> Dict[str, Any]:
-        self.results = self.test(self.cfg, self.model)
+        with self.progress.hidden():
+            self.results = self.test(self.cfg, self.model)
         return self.results
 
     def _evaluate_average(self, average: nn.Module) -> Dict[str, Any]:
         """Evaluates the EMA; its predictions go into a folder of their own."""
-        return self.test(self.recipe.changed("OUTPUT_DIR", f"{self.recipe.options.output_dir}/ema").config, average)
+        folder = f"{self.recipe.options.output_dir}/ema"
+        with self.progress.hidden():
+            return self.test(self.recipe.changed("OUTPUT_DIR", folder).config, average)
 
     def build_writers(self) -> List[EventWriter]:
         """Makes detectron2's default writers."""
@@ -231,7 +244,8 @@ class Trainer(DefaultTrainer):
         results: Dict[str, Any] = OrderedDict()
         for i, name in enumerate(names):
             evaluator = given[i] if given is not None else cls.build_evaluator(cfg, name)
-            results[name] = inference_on_dataset(model, cls.build_test_loader(cfg, name), evaluator)
+            loader = progress_bar(cls.build_test_loader(cfg, name), desc=f"evaluating on {name}", unit="batch")
+            results[name] = inference_on_dataset(model, loader, evaluator)
             if comm.is_main_process():
                 logging.getLogger(__name__).info("Evaluation results for %s in csv format:", name)
                 print_csv_format(results[name])

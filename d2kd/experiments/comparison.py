@@ -12,13 +12,12 @@ from typing import Any, Dict, List, Sequence
 from ..config import find_config, load_config
 from ..data import dataset_root
 from ..errors import D2kdError
-from .costs import cost_columns
+from .costs import costs_of
 from .pictures import draw_comparison
 from .pseudo_labels import write_pseudo_labels
 from .rows import PLAIN, PSEUDO_LABELS, SAME_TIME, Row, parse_row
-from .series import ROOT, Run, evaluate, prepare_data, run_all, table
+from .series import ROOT, TEACHER, Run, evaluate, prepare_data, run_all, table
 
-TEACHER = "teacher"
 METHODS = ("plain", "ResponseKD", "CrossKD", "PKD", "FGD", "FGD INHERIT=head", "MGD", "CWD", "FitNet", "CrossKD+PKD")
 DETECTORS = ("retinanet", "gfl", "atss", "fcos")
 # Of the demo: published weights, where there are any. The necks of its teacher and student differ (as their backbones
@@ -189,22 +188,13 @@ class Comparison:
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)
-        text = table(finished, self._costs(finished) if with_costs else {}, PLAIN)
+        text = table(finished, costs_of(finished, self.folder) if with_costs else {}, PLAIN)
         (self.folder / "table.md").write_text(text + "\n")
         draw_comparison(
             {label: [r.folder for r in finished if r.label == label] for label in _labels(finished)},
             self.folder / "curves.png",
         )
         return text
-
-    def _costs(self, finished: List[Run]) -> Dict[str, Dict[str, str]]:
-        """Costs of each label's detector: the teacher's, and the student's, which is the same for all rows."""
-        costs = {}
-        for run in finished:
-            opts, kind = (self.teacher_opts, TEACHER) if run.label == TEACHER else (self.student_opts, "student")
-            if run.label not in costs:
-                costs[run.label] = cost_columns(run.config, run.checkpoint, opts, self.folder / f"costs_{kind}.json")
-        return costs
 
 
 def _labels(runs: Sequence[Run]) -> List[str]:

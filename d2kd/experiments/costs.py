@@ -8,8 +8,24 @@ import torch
 
 from ..complexity import measure
 from ..export import evaluation_size, export_torchscript, load_detector, median_ms
+from .series import TEACHER, Run
 
 SECONDS = 3.0
+
+
+def costs_of(runs: Sequence[Run], folder: Path) -> Dict[str, Dict[str, str]]:
+    """Columns of each label's detector: the teacher's, and the student's, which is the same for all other labels.
+
+    Args:
+        runs: finished runs.
+        folder: keeps what was measured, so that it is measured once.
+    """
+    costs = {}
+    for run in runs:
+        if run.label not in costs:
+            cache = folder / f"costs_{TEACHER if run.label == TEACHER else 'student'}.json"
+            costs[run.label] = cost_columns(str(run.folder / "config.yaml"), run.checkpoint, [], cache)
+    return costs
 
 
 def cost_columns(config: str, weights: Path, opts: Sequence[str], cache: Path) -> Dict[str, str]:

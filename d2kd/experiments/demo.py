@@ -6,11 +6,12 @@ from typing import List, NamedTuple
 
 from ..data import dataset_root
 from ..report import write_report
+from .costs import costs_of
 from .pictures import draw_curves, draw_grid
-from .series import Run, prepare_data, run_all, table
+from .series import TEACHER, Run, prepare_data, run_all, table
 
 LABELS = {
-    "teacher": "teacher",
+    TEACHER: TEACHER,
     "student": "student",
     "crosskd": "student + CrossKD",
     "ld": "student + LD",
@@ -85,7 +86,7 @@ class Demo(NamedTuple):
 
     def _report(self, runs: List[Run]) -> None:
         """Writes the table and the pictures, and prints where they are and what to do next."""
-        text = table(runs)
+        text = table(runs, costs_of(runs, self.folder))
         print(f"\n{text}\n")
         (self.folder / "table.md").write_text(text + "\n")
         first = {run.label: run for run in reversed(runs)}  # the first seed of each

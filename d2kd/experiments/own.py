@@ -17,14 +17,16 @@ from detectron2.utils.file_io import PathManager
 from ..config import detector_node, find_config, load_config
 from ..data.checks import check_datasets
 from ..data.own import OwnData, prepare_own_data
+from ..engine.estimate import Measured, duration
 from ..engine.logs import log_remarks
 from ..errors import D2kdError, check_choice
 from ..report import write_report
+from .costs import costs_of
 from .pictures import draw_curves, draw_grid
-from .plan import FACTORS, Anchors, Images, Measured, choose_anchors, image_size, measure, read_sizes, write_config
-from .series import ROOT, Run, run_all, table
+from .plan import FACTORS, Anchors, Images, choose_anchors, image_size, measure, read_sizes, write_config
+from .series import ROOT, TEACHER, Run, run_all, table
 
-LABELS = {"teacher": "teacher", "student": "student", "distilled": "student + CrossKD"}
+LABELS = {TEACHER: TEACHER, "student": "student", "distilled": "student + CrossKD"}
 EVALUATIONS = 4
 # Seconds that a run takes before its first and after its last iteration.
 STARTING = 15
@@ -344,7 +346,7 @@ class OwnDistillation:
 
     def _report(self, runs: Sequence[Run]) -> None:
         """Writes the table, the pictures and the page with everything."""
-        text = table(runs)
+        text = table(runs, costs_of(runs, self.folder))
         print(f"\n{text}\n")
         (self.folder / "table.md").write_text(text + "\n")
         first = {run.label: run for run in reversed(runs)}
@@ -376,9 +378,3 @@ class OwnDistillation:
             f"  python train_net.py --config-file {self._file('student')} --eval-only --val-data {self._pair[1]} "
             f"MODEL.WEIGHTS {run.checkpoint}"
         )
-
-
-def duration(seconds: float) -> str:
-    """A time in words."""
-    minutes = seconds / 60
-    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"

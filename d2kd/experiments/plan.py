@@ -1,24 +1,19 @@
 """Settings of a training from the data: image size, anchors, iterations and learning rate; measured time and memory."""
 
 import os
-import resource
-import sys
-import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import median
 from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
 
 import numpy as np
-import torch
 import yaml
 from detectron2.config import CfgNode
-from detectron2.utils.events import EventStorage
 
 from ..config import detector_node
 from ..data.coco import read_coco
+from ..engine.estimate import Measured, measure_training
 from ..engine.main import parser
 from ..engine.styles import load_recipe
 from ..quiet import quiet_known_warnings
@@ -30,8 +25,6 @@ FACTORS = (0.25, 0.375, 0.5, 0.75, 1.0, 1.5, 2.0)
 OVERLAP = 0.5
 # Strides of the first level of all configs here.
 FIRST_STRIDE = 8
-STEPS_MEASURED = 3
-MEGABYTE = 1e6
 
 
 class Images(NamedTuple):
@@ -135,20 +128,6 @@ def choose_anchors(config: CfgNode, boxes: np.ndarray, factors: Sequence[float] 
     return Anchors({key: value}, chosen[0][0], chosen[-1][-1], fit(best)[0], fit(1.0)[0])
 
 
-class Measured(NamedTuple):
-    """What a few training steps took.
-
-    Attributes:
-        step: seconds of a training step.
-        forward: seconds of evaluating one image.
-        memory: largest memory in use, in megabytes: of the GPU if there is one, else of the process.
-    """
-
-    step: float
-    forward: float
-    memory: float
-
-
 def measure(configs: Sequence[str], data: Sequence[str]) -> List[Measured]:
     """Runs a few training steps of each config in a process of its own, and trains nothing.
 
@@ -167,38 +146,7 @@ def measure(configs: Sequence[str], data: Sequence[str]) -> List[Measured]:
 def _measure(config: str, data: List[str]) -> Measured:
     quiet_known_warnings()
     recipe = load_recipe(parser().parse_args(["--config-file", config, *data])).with_seed(0)
-    model = recipe.build_model().train()
-    optimizer = recipe.build_optimizer(model)
-    times = []
-    batches = iter(recipe.build_train_loader())
-    with EventStorage():
-        for _ in range(STEPS_MEASURED):
-            began = time.perf_counter()
-            batch = next(batches)
-            optimizer.zero_grad()
-            torch.stack(list(model(batch).values())).sum().backward()
-            optimizer.step()
-            _wait()
-            times.append(time.perf_counter() - began)
-    with torch.no_grad():
-        model.eval()(batch[:1])
-        began = time.perf_counter()
-        model(batch)
-    _wait()
-    forward = (time.perf_counter() - began) / len(batch)
-    return Measured(median(times), forward, _peak_memory())
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def _peak_memory() -> float:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / MEGABYTE
-    units = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * units / MEGABYTE
+    return measure_training(recipe, recipe.build_model().train(), iter(recipe.build_train_loader()))
 
 
 def write_config(file: Path, base: str, settings: Dict[str, Any]) -> None:

@@ -11,17 +11,23 @@ from statistics import mean, median, stdev
 from types import MappingProxyType
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
-import torch
 from tabulate import tabulate
 
 from ..data import dataset_root, write_blood_cells
 from ..data.bccd import prepare, summary
+from ..engine.estimate import duration
 from ..errors import EXIT_INTERRUPTED, D2kdError, exit_status
+from ..progress import progress_bar
 from .pictures import read_metrics
 from .statistics import paired_difference
 
 ROOT = Path(__file__).resolve().parents[2]
 DIGITS = {"s/step": 3, "training s": 0}
+BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
+# Seconds between lines where there is no terminal.
+LINE_SECONDS = 120
+# The label of the teacher's run.
+TEACHER = "teacher"
 # AP of small, medium and large objects.
 SIZES = ("APs", "APm", "APl")
 
@@ -120,27 +126,23 @@ class Run:
         """Raises D2kdError with the end of the log if the run failed."""
         _check_ended(self.name, returncode, self.folder)
 
-    def progress(self) -> str:
-        """Returns the progress as text, with an estimate of the remaining time."""
-        records = [r for r in self.records if "total_loss" in r]
-        if not records:
-            return "starting"
-        last = records[-1]
-        done = last["iteration"] + 1
-        if done >= self.iterations:
-            return "evaluating"
-        eta = int((self.iterations - done) * last.get("time", 0))
-        return f"{done}/{self.iterations} loss {last['total_loss']:.2f} ETA {eta // 60}:{eta % 60:02d}"
+    def progress(self) -> Tuple[int, str]:
+        """Returns how many iterations are done, and in words loss, last AP and estimated remaining time."""
+        records = self.records
+        trained = [r for r in records if "total_loss" in r]
+        if not trained:
+            return 0, "starting"
+        last = trained[-1]
+        done = min(last["iteration"] + 1, self.iterations)
+        aps = [f"AP {r['bbox/AP']:.1f}" for r in records if "bbox/AP" in r][-1:]
+        if done == self.iterations:
+            return done, ", ".join([*aps, "evaluating"])
+        left = f"ETA {duration((self.iterations - done) * last.get('time', 0))}"
+        return done, ", ".join([f"loss {last['total_loss']:.2f}", *aps, left])
 
     def step_seconds(self) -> float:
         """Returns the median time of a training step, which evaluation and resuming do not distort."""
         return median(r["time"] for r in self.records if "time" in r)
-
-    def num_parameters(self) -> int:
-        """Returns the number of trained parameters of the deployed detector."""
-        state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)["model"]
-        skipped = ("running_mean", "running_var", "num_batches_tracked")
-        return sum(v.numel() for k, v in state.items() if not k.endswith(skipped) and not k.startswith("distill."))
 
     def row(self) -> Dict[str, float]:
         """Returns the numbers for the table."""
@@ -190,9 +192,13 @@ def _check_ended(name: str, returncode: int, folder: Path) -> None:
 
 
 def environment(threads: int = 0) -> Dict[str, str]:
-    """Returns the environment of a run, by default with one thread per available core; waiting threads sleep."""
-    threads = threads or available_cores()
-    return {"OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1", **os.environ, "OMP_NUM_THREADS": str(threads)}
+    """Returns the environment of a run; waiting threads sleep.
+
+    Args:
+        threads: of the CPU; 0 for OMP_NUM_THREADS, or one for each available core.
+    """
+    defaults = {"OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": str(available_cores())}
+    return {**defaults, **os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
 
 
 def available_cores() -> int:
@@ -203,7 +209,7 @@ def available_cores() -> int:
 def run_all(
     runs: Sequence[Run], jobs: int = 1, total: int = 0, before: int = 0, after_each: Callable[[], Any] = lambda: None
 ) -> None:
-    """Executes the runs that are not done yet, with progress on one line.
+    """Executes the runs that are not done yet, with their progress.
 
     Args:
         runs: the runs, in this order.
@@ -224,37 +230,62 @@ def run_all(
             print(f"{positions[id(run)]} {run.name}: already done, AP {run.records[-1]['bbox/AP']:.1f}", flush=True)
         else:
             waiting.append(run)
-    active: Dict[int, Any] = {}
+    active: Dict[int, Active] = {}
     try:
         while waiting or active:
             while waiting and len(active) < jobs:
                 run = waiting.pop(0)
                 if jobs > 1:
                     run.threads = max(available_cores() // jobs, 1)
-                active[id(run)] = (run, run.launch(), time.time())
+                active[id(run)] = Active(f"{positions[id(run)]} {run.name}", run)
             time.sleep(0.5)
-            show("; ".join(f"{positions[key]} {run.name}: {run.progress()}" for key, (run, _, _) in active.items()))
-            for key, (run, process, began) in list(active.items()):
-                if process.poll() is not None:
+            for key, one in list(active.items()):
+                one.show()
+                if one.process.poll() is not None:
                     del active[key]
-                    run.check_ended(process.returncode)
-                    seconds = time.time() - began
-                    text = f"{positions[key]} {run.name}: AP {run.records[-1]['bbox/AP']:.1f} after {seconds:.0f} s"
-                    show(text, end="\n")
+                    one.end()
                     after_each()
     finally:
-        for _, process, _ in active.values():
-            process.terminate()
-        for _, process, _ in active.values():
-            process.wait()
+        for one in active.values():
+            one.process.terminate()
+        for one in active.values():
+            one.process.wait()
+            one.bar.close()
 
 
-def show(text: str, end: str = "") -> None:
-    """Replaces the current line on a terminal. Elsewhere prints only complete lines."""
-    if sys.stdout.isatty():
-        print(f"\r\033[K{text}", end=end, flush=True)
-    elif end:
-        print(text, flush=True)
+class Active:
+    """A run in its process, and its progress: a bar on a terminal, elsewhere a line every few minutes.
+
+    Args:
+        name: of the run in its place among others.
+        run: starts here.
+    """
+
+    def __init__(self, name: str, run: Run) -> None:
+        self.name = name
+        self.run = run
+        self.began = self._told = time.time()
+        self.bar = progress_bar(bar_format=BAR, desc=name, total=run.iterations)
+        self.process = run.launch()
+
+    def show(self) -> None:
+        """Shows how far the run is."""
+        if self.bar.disable and time.time() - self._told < LINE_SECONDS:
+            return
+        self._told = time.time()
+        self.bar.n, text = self.run.progress()
+        self.bar.set_postfix_str(text)
+        if self.bar.disable:
+            print(f"{self.name}: {self.bar.n}/{self.run.iterations}, {text}", flush=True)
+
+    def end(self) -> None:
+        """Says how the run ended; raises D2kdError with the end of the log if it failed."""
+        self.bar.close()
+        self.run.check_ended(self.process.returncode)
+        seconds = time.time() - self.began
+        ap = self.run.records[-1]["bbox/AP"]
+        self.bar.write(f"{self.name}: AP {ap:.1f} after {duration(seconds)}", file=sys.stdout)
+        sys.stdout.flush()
 
 
 def prepare_data(data: str, bccd: str) -> None:
@@ -300,7 +331,7 @@ def table(
 
     Args:
         runs: finished runs.
-        costs: further columns of a label, in place of the number of parameters.
+        costs: further columns of a label, see :func:`d2kd.experiments.costs.costs_of`.
         baseline: label of the row that others are compared with, seed by seed; "" for none.
     """
     rows = []
@@ -308,8 +339,7 @@ def table(
         group = [run for run in runs if run.label == label]
         numbers = [run.row() for run in group]
         columns = {key: spread([n[key] for n in numbers], DIGITS.get(key, 1)) for key in numbers[0]}
-        first = costs.get(label) or {"params": f"{group[0].num_parameters() / 1e6:.2f} M"}
-        rows.append({"": label, **first, "iterations": group[0].iterations, **columns})
+        rows.append({"": label, **costs.get(label, {}), "iterations": group[0].iterations, **columns})
         if len(group) > 1:
             rows[-1]["AP of each seed"] = " / ".join(f"{n['AP']:.1f}" for n in numbers)
         if difference := _difference(runs, group, baseline):

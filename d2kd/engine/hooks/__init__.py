@@ -1,9 +1,10 @@
-"""What d2kd's trainer adds to detectron2's hooks: exact repetition, saving, EMA, non-finite losses, bad images."""
+"""What d2kd's trainer adds to detectron2's hooks: exact repetition, saving, EMA, bar, non-finite losses, bad images."""
 
 from .ema import EMA
 from .evaluation import Evaluation
+from .progress import Progress
 from .reproducible import Reproducible
 from .saving import Saving
 from .watch import EXIT_PREEMPTED, Preempted, Watch
 
-__all__ = ["EMA", "EXIT_PREEMPTED", "Evaluation", "Preempted", "Reproducible", "Saving", "Watch"]
+__all__ = ["EMA", "EXIT_PREEMPTED", "Evaluation", "Preempted", "Progress", "Reproducible", "Saving", "Watch"]
