@@ -55,8 +55,7 @@ def quantize_onnx(source: Path, target: Path, images: Iterable[Tensor], score_th
 
     with tempfile.TemporaryDirectory(prefix="d2kd_int8_") as folder:
         prepared = Path(folder) / "prepared.onnx"
-        # Only marks the file and infers shapes. Its optimizer makes files that fail where a level has no candidate, and
-        # torch has folded the statistics of BatchNorm already.
+        # This only marks the file as prepared: torch has folded the statistics of BatchNorm already.
         quant_pre_process(str(source), str(prepared), skip_optimization=True, skip_symbolic_shape=True)
         quantize_static(
             str(prepared),
@@ -68,6 +67,11 @@ def quantize_onnx(source: Path, target: Path, images: Iterable[Tensor], score_th
             weight_type=QuantType.QInt8,
             nodes_to_quantize=_convolutions(onnx.load(str(prepared)).graph),
         )
+    quantized = onnx.load(str(target))
+    # Without the sizes that quantization inferred: by them, onnxruntime makes reshapes that fail where a level has no
+    # candidate.
+    del quantized.graph.value_info[:]
+    onnx.save(quantized, str(target))
     return load_onnx(target)
 
 
