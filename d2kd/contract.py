@@ -207,15 +207,22 @@ def channel_order(detector: object) -> str:
 
 
 def check_distills(detector: type, distill: Any) -> None:
-    """Raises D2kdError if a config sets methods or INHERIT for a plain detector, which would ignore them.
+    """Raises D2kdError if a config sets methods, INHERIT or FAST_LOSSES for a plain detector, which would ignore them.
 
     Args:
         detector: the class of the meta architecture.
         distill: the node MODEL.DISTILL.
     """
-    if (distill.METHODS or distill.INHERIT) and not hasattr(detector, "observe"):
-        name = detector.__name__
+    if hasattr(detector, "observe"):
+        return
+    name = detector.__name__
+    if distill.METHODS or distill.INHERIT:
         raise D2kdError(
             f"MODEL.META_ARCHITECTURE {name} is a plain detector and ignores MODEL.DISTILL.METHODS and INHERIT: set it "
             f"to Distill{name}, or set METHODS and INHERIT to () to train without a teacher"
+        )
+    if distill.FAST_LOSSES:
+        raise D2kdError(
+            f"MODEL.META_ARCHITECTURE {name} is a plain detector and ignores MODEL.DISTILL.FAST_LOSSES: set it to "
+            f"Distill{name}, which without METHODS is the same, or set FAST_LOSSES to False"
         )

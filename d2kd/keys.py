@@ -33,6 +33,7 @@ LAZY: Dict[str, str] = {
     "MODEL.DISTILL.SCHEDULE": "model.schedules",
     "MODEL.DISTILL.GRADIENT_PERIOD": "model.gradient_period",
     "MODEL.DISTILL.SYNC_NORMALIZER": "model.sync_normalizer",
+    "MODEL.DISTILL.FAST_LOSSES": "model.fast_losses",
     "MODEL.DISTILL.RECOMPUTE": "model.recompute",
     "MODEL.FCOS.BOX_REG_LOSS_TYPE": "model.box_reg_loss_type",
     "MODEL.FCOS.LOSS_NORMALIZER": "model.loss_normalizer",

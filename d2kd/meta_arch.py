@@ -26,6 +26,7 @@ from .diagnose.gradients import GRADIENT, gradient_ratios
 from .errors import D2kdError, nearest
 from .heads import Cut
 from .keys import key
+from .level_losses import background_focal_sum
 from .levels import (
     LevelPair,
     check_levels,
@@ -87,6 +88,9 @@ if TYPE_CHECKING:
         pixel_mean: Tensor
         pixel_std: Tensor
         num_classes: int
+        focal_loss_alpha: float
+        focal_loss_gamma: float
+        loss_normalizer: Any
         anchor_generator: AnchorGenerator
         box2box_transform: BoxCoder
 
@@ -133,6 +137,8 @@ class DistillMetaArch(_Student):
             them by a running mean of each worker's own number of positive anchors (detectron2); True averages it over
             all workers. GFL, ATSS and FCOS "batch" divide by averages over workers that are clamped to at least 1, as
             published; True clamps their sum instead.
+        fast_losses: compute the student's own losses with less time and memory, equal to rounding; for RetinaNet, also
+            without methods.
         recompute: do not keep what the methods compute until the backward pass, but compute it again there: less memory
             for more time, with the same gradients.
         detector: an existing detector to become a student, see :func:`distill`.
@@ -158,6 +164,7 @@ class DistillMetaArch(_Student):
         inherit: Sequence[str] = (),
         gradient_period: int = 0,
         sync_normalizer: bool = False,
+        fast_losses: bool = False,
         recompute: bool = False,
         detector: Optional[DenseDetector] = None,
         **student: Any,
@@ -168,6 +175,8 @@ class DistillMetaArch(_Student):
             self._become(detector, student)
         self.gradient_period = gradient_period
         self.sync_normalizer = sync_normalizer
+        self.fast_losses = fast_losses
+        self._check_fast_losses()
         self.recompute = recompute
         self.teacher = teacher
         check_unique([type(method).__name__ for method in methods])
@@ -202,6 +211,7 @@ class DistillMetaArch(_Student):
             "inherit": distill.INHERIT,
             "gradient_period": distill.GRADIENT_PERIOD,
             "sync_normalizer": distill.SYNC_NORMALIZER,
+            "fast_losses": distill.FAST_LOSSES,
             "recompute": distill.RECOMPUTE,
             "teacher": load_teacher(
                 teacher.CONFIG_FILE,
@@ -224,6 +234,13 @@ class DistillMetaArch(_Student):
             raise D2kdError(f"distill has no option {name!r}{nearest(name, known)}")
         vars(self).update(vars(detector))
         self._modules = dict(detector._modules)
+
+    def _check_fast_losses(self) -> None:
+        if self.fast_losses and getattr(super().losses, "__func__", None) is not RetinaNet.losses:
+            raise D2kdError(
+                f"{key('MODEL.DISTILL.FAST_LOSSES')} speeds up the losses of detectron2's RetinaNet, which "
+                f"{type(self).__name__} does not have; set it to False"
+            )
 
     @property
     def methods(self) -> List[Method]:
@@ -464,7 +481,17 @@ class DistillMetaArch(_Student):
         """
         labels = torch.stack(gt_labels)
         self._num_pos = ((labels >= 0) & (labels < self.num_classes)).sum().float()
-        return super().losses(anchors, pred_logits, gt_labels, *rest)
+        if not self.fast_losses:
+            return super().losses(anchors, pred_logits, gt_labels, *rest)
+        # detectron2 makes int64 targets of all classes and several copies of all logits. Here it sees the positive
+        # anchors only, while those of the background, which are almost all, need no targets.
+        background = labels == self.num_classes
+        losses = super().losses(anchors, pred_logits, list(labels.masked_fill(background, -1)), *rest)
+        parts = zip(pred_logits, background.split([len(level) for level in anchors], dim=1))
+        alpha, gamma = self.focal_loss_alpha, self.focal_loss_gamma
+        total = torch.stack([background_focal_sum(*part, alpha, gamma) for part in parts]).sum()
+        losses["loss_cls"] = losses["loss_cls"] + total / self.loss_normalizer
+        return losses
 
     def _ema_update(self, name: str, value: Any, initial_value: float, momentum: float = 0.9) -> Any:
         if self.sync_normalizer:  # average the counts, not the values: these are 1 for a worker without positives too

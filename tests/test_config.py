@@ -245,6 +245,8 @@ def test_a_plain_detector_with_methods_is_refused():
     nothing = ["MODEL.DISTILL.METHODS", "()"]
     with pytest.raises(D2kdError, match="plain detector"):
         load_config(config, [*plain, *nothing, "MODEL.DISTILL.INHERIT", "('neck',)"])
+    with pytest.raises(D2kdError, match=r"ignores MODEL[.]DISTILL[.]FAST_LOSSES"):
+        load_config(config, [*plain, *nothing, "MODEL.DISTILL.FAST_LOSSES", "True"])
     assert load_config(config, [*plain, *nothing]).MODEL.META_ARCHITECTURE == "RetinaNet"
     assert load_config(config, plain, with_teacher=False).MODEL.DISTILL.METHODS == ()
 

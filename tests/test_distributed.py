@@ -65,6 +65,9 @@ CASES["FitNet, background"] = Case("GFL", "FitNet", {"region": "boxes", "backgro
 CASES["FitNet, finegrained, adapters"] = Case("GFL", "FitNet", {"region": "finegrained"}, teacher_opts=WIDER)
 CASES["FitNet, gibox"] = Case("GFL", "FitNet", {"region": "gibox"})
 CASES["CrossKD, adapters"] = Case("GFL", "CrossKD", teacher_opts=(*WIDER, "MODEL.GFL.NUM_CONVS", "3"))
+ADAPTED, RECOMPUTED = "CrossKD, adapters", "CrossKD, adapters, recomputed"
+CASES[RECOMPUTED] = CASES[ADAPTED]._replace(opts=("MODEL.DISTILL.RECOMPUTE", "True"))
+CASES["fast losses"] = Case("RetinaNet", "CrossKD", opts=("MODEL.DISTILL.FAST_LOSSES", "True"))
 # With micro-batches: each kind of average, of normalizer and of random number.
 ACCUMULATED = {
     "plain RetinaNet": Case("RetinaNet", ""),
@@ -242,6 +245,15 @@ def test_any_number_of_processes_gives_the_same(runs, case):
             torch.testing.assert_close(ranks[0]["weights"][name], weight, rtol=0, atol=1e-6)
     moved = max((weight - one["start"][name]).abs().max() for name, weight in one["weights"].items())
     assert moved > 5e-4
+
+
+@pytest.mark.slow
+def test_recomputing_changes_nothing_in_several_processes(runs):
+    for found in (rank for ranks in runs.values() for rank in ranks):
+        kept, recomputed = found[ADAPTED], found[RECOMPUTED]
+        assert recomputed["losses"] == kept["losses"]
+        for name, weight in kept["weights"].items():
+            assert torch.equal(recomputed["weights"][name], weight), name
 
 
 @pytest.mark.slow

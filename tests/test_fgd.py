@@ -9,9 +9,10 @@ from detectron2.structures import Boxes, Instances
 from goldens import DEFECTS, Golden, cases, close, of_committed_goldens
 from torch import Tensor
 
+from d2kd import level_losses
 from d2kd.dense import DenseOutputs, Targets
 from d2kd.errors import D2kdError
-from d2kd.methods.fgd import FGD, Distances, attention, focal_masks, relative_boxes
+from d2kd.methods.fgd import FGD, Distances, Magnitudes, attention, focal_masks, relative_boxes
 
 LOSS, GRADIENT = 1e-5, 1e-3
 # Our losses, and the reference's terms and their weights.
@@ -273,10 +274,41 @@ def test_context_blocks_add_nothing_at_first() -> None:
     }
 
 
-def test_gradient_of_distances_numerically() -> None:
+@pytest.fixture(params=[1, 14, 2**18], ids=["single channels", "pairs of channels", "whole maps"])
+def _any_parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Splits the gradients of maps of 7 cells in different ways, unevenly too."""
+    monkeypatch.setitem(level_losses.PART_SIZES, "cpu", request.param)
+
+
+@pytest.mark.usefixtures("_any_parts")
+def test_gradients_numerically() -> None:
     torch.manual_seed(0)
     student, teacher, weights = (torch.randn(2, c, 7, dtype=torch.float64) for c in (3, 3, 2))
     assert torch.autograd.gradcheck(lambda x: Distances.apply(x, teacher, weights), student.requires_grad_())
+    assert torch.autograd.gradcheck(Magnitudes.apply, student)
+
+
+@pytest.mark.usefixtures("_any_parts")
+def test_gradient_of_attention_is_that_of_norms() -> None:
+    """Also where a value is 0."""
+    student = random_maps(2, 3, 7)[0].detach()
+    student[0, 1, 2:4] = 0
+    student.requires_grad_()
+    expected = tuple(torch.linalg.vector_norm(student, ord=1, dim=dim) / student.shape[dim] for dim in (1, 2))
+    found = Magnitudes.apply(student)
+    weights = [torch.randn_like(x) for x in found]
+    assert all(map(torch.equal, found, expected))
+    grads = [torch.autograd.grad(x, student, weights)[0] for x in (found, expected)]
+    torch.testing.assert_close(*grads, rtol=1e-6, atol=1e-7)
+    assert not grads[0][0, 1, 2:4].any()
+
+
+@pytest.mark.parametrize("function", [Magnitudes, Distances])
+def test_cannot_be_differentiated_twice(function: Any) -> None:
+    student, teacher = random_maps(2, 3, 7)
+    inputs = (student,) if function is Magnitudes else (student, teacher, torch.ones(2, 1, 7))
+    with pytest.raises(RuntimeError, match="create_graph"):
+        torch.autograd.grad(function.apply(*inputs)[0].sum(), student, create_graph=True)
 
 
 def test_autocast_changes_nothing() -> None:

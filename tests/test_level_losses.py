@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from fvcore.nn import sigmoid_focal_loss
 from torch.autograd import gradcheck
 
 from d2kd import level_losses
 from d2kd.dense import DenseOutputs
-from d2kd.level_losses import kd_quality_focal_sum
+from d2kd.level_losses import background_focal_sum, kd_quality_focal_sum
 from d2kd.losses import kd_quality_focal_loss
 
 SHAPE = (2, 3, 2, 3, 2)  # images, anchors, classes, rows, columns
@@ -56,6 +57,33 @@ def test_cannot_be_differentiated_twice():
     logits, teacher, weights = maps()
     with pytest.raises(RuntimeError, match="create_graph"):
         torch.autograd.grad(kd_quality_focal_sum(logits, teacher, weights), logits, create_graph=True)
+
+
+def background_maps(dtype=torch.float32):
+    torch.manual_seed(0)
+    return 3 * torch.randn(2, 7, 5, dtype=dtype).requires_grad_(), torch.rand(2, 7) < 0.7
+
+
+@pytest.mark.usefixtures("_any_parts")
+@pytest.mark.parametrize(("alpha", "gamma"), [(0.25, 2.0), (-1, 2.0), (0.6, 0.0), (0.25, 1.5), (0.0, 0.5)])
+def test_background_equals_fvcores_focal_loss(alpha, gamma):
+    logits, background = background_maps(torch.float64)
+    rows = logits[background]
+    expected = sigmoid_focal_loss(rows.float(), torch.zeros_like(rows), alpha, gamma, reduction="sum")
+    found = background_focal_sum(logits.float(), background, alpha, gamma)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    grads = [torch.autograd.grad(0.5 * x, logits)[0] for x in (found, expected)]
+    torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-6)
+    assert gradcheck(lambda x: background_focal_sum(x, background, alpha, gamma), logits)
+
+
+def test_background_cannot_be_differentiated_twice_and_has_no_precision_to_lose():
+    logits, background = background_maps()
+    with pytest.raises(RuntimeError, match="create_graph"):
+        torch.autograd.grad(background_focal_sum(logits, background), logits, create_graph=True)
+    half = logits.detach().to(torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(background_focal_sum(half, background), background_focal_sum(half.float(), background))
 
 
 def test_half_precision_is_computed_in_float32():

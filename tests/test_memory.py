@@ -5,10 +5,13 @@ import copy
 import pytest
 import torch
 from detectron2.utils.events import EventStorage
-from small import batch, build, distill_config, gradients, save_teacher, step
+from small import batch, build, distill_config, gradients, save_teacher, small_config, step
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from d2kd.dense import DenseOutputs
+from d2kd.errors import D2kdError
 from d2kd.methods import CrossKD, method_names
 
 
@@ -106,3 +109,61 @@ def test_recomputing_keeps_nothing_of_the_methods(teachers):
 
     plain, with_it = kept(False), kept(True)
     assert with_it < 0.9 * plain
+
+
+class LargeIntegers(TorchDispatchMode):
+    """Notes the largest tensor of int64."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        outputs = func(*args, **(kwargs or {}))
+        for x in tree_leaves(outputs):
+            if isinstance(x, torch.Tensor) and x.dtype == torch.int64:
+                self.largest = max(self.largest, x.numel())
+        return outputs
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+@pytest.mark.parametrize("synced", [False, True])
+def test_fast_losses_are_equal(distilled, synced, teachers):
+    """With anchors of all kinds, an image without any object, and the running normalizer; without a one-hot tensor."""
+    classes = ("MODEL.RETINANET.NUM_CLASSES", 30)
+    opts = ["MODEL.DISTILL.SYNC_NORMALIZER", synced, "MODEL.DISTILL.FAST_LOSSES"]
+    inputs, results = batch([(96, 128), (80, 112), (96, 96)], [3, 2, 0]), []
+    for fast in (False, True):
+        if distilled:
+            model = student(teachers, *opts, fast)
+        else:
+            model = build(small_config("MODEL.META_ARCHITECTURE", "DistillRetinaNet", *classes, *opts, fast))
+        step(model, inputs)  # moves the normalizer
+        with LargeIntegers() as integers:
+            losses = step(model, inputs)
+        results.append((losses, gradients(model, losses), model.loss_normalizer, integers.largest))
+    (expected, grads, normalizer, one_hot), (losses, fast_grads, fast_normalizer, largest) = results
+    assert fast_normalizer == normalizer
+    assert losses.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(losses[name], value, rtol=1e-6, atol=0)
+    largest_gradient = max(value.abs().max().item() for value in grads.values())
+    for name, value in grads.items():
+        torch.testing.assert_close(fast_grads[name], value, rtol=1e-5, atol=1e-6 * largest_gradient)
+    if not distilled:
+        assert largest < one_hot / 5
+
+
+def test_fast_losses_with_nothing_to_find_are_equal():
+    inputs, results = batch([(96, 128)], [0]), []
+    for fast in (False, True):
+        model = build(small_config("MODEL.META_ARCHITECTURE", "DistillRetinaNet", "MODEL.DISTILL.FAST_LOSSES", fast))
+        results.append(step(model, inputs))
+    for name, value in results[0].items():
+        torch.testing.assert_close(results[1][name], value, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("detector", ["GFL", "FCOS"])
+def test_fast_losses_are_for_retinanet(detector):
+    with pytest.raises(D2kdError, match=r"FAST_LOSSES .* set it to False"):
+        build(small_config("MODEL.META_ARCHITECTURE", f"Distill{detector}", "MODEL.DISTILL.FAST_LOSSES", True))

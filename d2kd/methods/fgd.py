@@ -33,11 +33,11 @@ from typing import Any, Dict, List, Tuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ..contract import Dense
 from ..dense import DenseOutputs, Targets
 from ..errors import D2kdError
+from ..level_losses import differentiable_once, parts_of
 from .base import METHOD_REGISTRY, Channels, FeatureMethod
 
 # A relative coordinate at which a box covers no cell; the map ends at 1.
@@ -160,11 +160,37 @@ class Distances(torch.autograd.Function):
         return torch.bmm(weights, difference.square_().transpose(1, 2)), offset
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, squares: Tensor, offset: Tensor) -> Tuple[Tensor, None, None]:
         student, teacher, weights = ctx.saved_tensors
         slope = torch.bmm(2 * squares.transpose(1, 2), weights)
-        return slope.mul_(student - teacher).sub_(offset[:, :, None]), None, None
+        for own, theirs, shift, out in parts_of(student, teacher, offset[:, :, None], slope):
+            out.mul_(own - theirs).sub_(shift)
+        return slope, None, None
+
+
+class Magnitudes(torch.autograd.Function):
+    """Means of the absolute values of a map over channels and over cells.
+
+    A custom function saves time: it makes the gradient of both at once, in parts that fit the cache.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, feature: Tensor) -> Tuple[Tensor, Tensor]:
+        """Maps (N, C, H*W) to the means over channels (N, H*W) and over cells (N, C)."""
+        ctx.save_for_backward(feature)
+        return tuple(torch.linalg.vector_norm(feature, ord=1, dim=dim) / feature.shape[dim] for dim in (1, 2))
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, spatial: Tensor, channel: Tensor) -> Tensor:
+        (feature,) = ctx.saved_tensors
+        slope = torch.empty_like(feature)
+        over_channels = (spatial / feature.shape[1])[:, None].expand_as(feature)
+        over_cells = (channel / feature.shape[2])[:, :, None]
+        for values, by_cell, by_channel, out in parts_of(feature, over_channels, over_cells, slope):
+            torch.add(by_cell, by_channel, out=out).mul_(values.sign())
+        return slope
 
 
 def attention(feature: Tensor, temperature: float) -> Tuple[Tensor, Tensor]:
@@ -178,8 +204,7 @@ def attention(feature: Tensor, temperature: float) -> Tuple[Tensor, Tensor]:
         Spatial attention (N, H*W) and channel attention (N, C), each with mean 1.
     """
     channels, cells = feature.shape[1:]
-    spatial = torch.linalg.vector_norm(feature, ord=1, dim=1) / channels
-    channel = torch.linalg.vector_norm(feature, ord=1, dim=2) / cells
+    spatial, channel = Magnitudes.apply(feature)
     return cells * (spatial / temperature).softmax(1), channels * (channel / temperature).softmax(1)
 
 
