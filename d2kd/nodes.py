@@ -21,6 +21,8 @@ PARTS = (
     *("anchor_generator", "anchor_matcher", "box2box_transform", "bottom_up", "collate_fn", "dataset", "mapper"),
     *("params", "sampler", "scheduler", "stem", "top_block"),
 )
+# What the model of a student has and a plain detector does not.
+OF_STUDENTS = ("teacher", "methods", "inherit")
 # Arguments that are known only when a run builds the object.
 FILLED_IN = ("optimizer.params.model",)
 
@@ -91,6 +93,11 @@ def _call_fault(key: str, node: Mapping[str, Any]) -> str:
     known, name = arguments(maker), getattr(maker, "__name__", str(maker))
     given = [argument for argument in node if argument != "_target_"]
     unknown = [argument for argument in given if argument not in known]
+    if key == "model" and unknown and unknown[0] in OF_STUDENTS:
+        return (
+            f"model._target_ {name} is a plain detector and takes no {unknown[0]!r}: set it to "
+            f"d2kd.meta_arch.Distill{name}, or delete model.{', model.'.join(OF_STUDENTS)} to train without a teacher"
+        )
     if unknown and not takes_any(maker):
         return f"{key} has no {unknown[0]!r}, {name} takes {', '.join(known)}{nearest(str(unknown[0]), known)}"
     for argument, parameter in known.items():

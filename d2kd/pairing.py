@@ -18,6 +18,7 @@ from .errors import D2kdError, check_choice, nearest
 from .keys import key
 
 INHERITABLE = ("neck", "head")
+CLASS_MAP, INHERIT = "MODEL.DISTILL.CLASS_MAP", "MODEL.DISTILL.INHERIT"
 ALL_NAMES = "*"
 Label = Union[str, int]
 ClassMap = Sequence[Union[str, Sequence[Label]]]
@@ -50,7 +51,7 @@ def check_classes(student: Dense, teacher: Dense) -> None:
     if student.num_classes != teacher.num_classes:
         raise D2kdError(
             f"the student has {student.num_classes} classes and the teacher {teacher.num_classes}; train the teacher "
-            "on the student's classes (NUM_CLASSES), say which of them are the same (MODEL.DISTILL.CLASS_MAP), or use "
+            f"on the student's classes (NUM_CLASSES), say which of them are the same ({key(CLASS_MAP)}), or use "
             "methods that read features only"
         )
 
@@ -176,16 +177,16 @@ def match_classes(
         if entry == ALL_NAMES:
             common = [name for name in student[0] if name in teacher[0]]
             if not (student[0] and teacher[0]):
-                raise D2kdError('MODEL.DISTILL.CLASS_MAP "*" needs class names of both; write pairs of indices instead')
+                raise D2kdError(f'{key(CLASS_MAP)} "*" needs class names of both; write pairs of indices instead')
             pairs += [(student[0].index(name), teacher[0].index(name)) for name in common]
             continue
         both = (entry, entry) if isinstance(entry, str) else tuple(entry)
         if len(both) != 2:
-            raise D2kdError(f"MODEL.DISTILL.CLASS_MAP: {entry!r} is neither a name nor a pair (student's, teacher's)")
+            raise D2kdError(f"{key(CLASS_MAP)}: {entry!r} is neither a name nor a pair (student's, teacher's)")
         pairs.append((class_index(both[0], "student", *student), class_index(both[1], "teacher", *teacher)))
     own, theirs = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
     if len(set(own)) < len(own) or len(set(theirs)) < len(theirs):
-        raise D2kdError(f"MODEL.DISTILL.CLASS_MAP maps a class twice: {pairs}; each may stand once on either side")
+        raise D2kdError(f"{key(CLASS_MAP)} maps a class twice: {pairs}; each may stand once on either side")
     logging.getLogger(__name__).info("Classes that student and teacher share: %s", pairs or "none")
     return own, theirs
 
@@ -195,12 +196,10 @@ def class_index(label: Label, who: str, names: Sequence[str], number: int) -> in
     if isinstance(label, str) and not label.isdigit():
         if label not in names:
             known = f"it has {', '.join(names)}" if names else "its names are unknown; use indices"
-            raise D2kdError(
-                f"MODEL.DISTILL.CLASS_MAP: the {who} has no class {label!r}; {known}{nearest(label, names)}"
-            )
+            raise D2kdError(f"{key(CLASS_MAP)}: the {who} has no class {label!r}; {known}{nearest(label, names)}")
         return list(names).index(label)
     if not 0 <= int(label) < number:
-        raise D2kdError(f"MODEL.DISTILL.CLASS_MAP: the {who} has classes 0 to {number - 1}, not {label}")
+        raise D2kdError(f"{key(CLASS_MAP)}: the {who} has classes 0 to {number - 1}, not {label}")
     return int(label)
 
 
@@ -218,23 +217,23 @@ def inherit_parts(student: nn.Module, teacher: nn.Module, parts: Sequence[str]) 
     """
     copied: Dict[str, Tensor] = {}
     for part in parts:
-        check_choice("MODEL.DISTILL.INHERIT", part, INHERITABLE)
+        check_choice(key(INHERIT), part, INHERITABLE)
         own, theirs = (part_state(detector, part) for detector in (student, teacher))
         differ = [
-            f"{key} {shape_of(own, key)} and {shape_of(theirs, key)}"
-            for key in sorted(own.keys() | theirs.keys())
-            if shape_of(own, key) != shape_of(theirs, key)
+            f"{name} {shape_of(own, name)} and {shape_of(theirs, name)}"
+            for name in sorted(own.keys() | theirs.keys())
+            if shape_of(own, name) != shape_of(theirs, name)
         ]
         if differ or not own:
             raise D2kdError(
-                f"MODEL.DISTILL.INHERIT {part!r}: the {part}s of student and teacher differ in {len(differ)} tensors, "
+                f"{key(INHERIT)} {part!r}: the {part}s of student and teacher differ in {len(differ)} tensors, "
                 f"first {'; '.join(differ[:3])}; give both the same, or leave it out"
             )
         copied.update(theirs)
     if copied:
         own = student.state_dict()  # load_state_dict would reset frozen norms in other parts
-        for key, value in copied.items():
-            own[key].copy_(value)
+        for name, value in copied.items():
+            own[name].copy_(value)
         logging.getLogger(__name__).info("Inherited from the teacher: %s", ", ".join(copied))
 
 

@@ -11,10 +11,10 @@ import argparse
 import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Iterator, List
 
@@ -22,6 +22,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+from forked import start  # noqa: E402
 
 from d2kd.checkpoint import files  # noqa: E402
 from d2kd.checkpoint.run_checkpoints import checkpoints_in  # noqa: E402
@@ -31,10 +33,6 @@ LOG = "Starting training from iteration"
 # Seconds in which processes end whose parent was killed.
 ALONE = 30.0
 TIMEOUT = 900.0
-
-
-def ignore_sigint() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def ends(group: int) -> bool:
@@ -60,8 +58,9 @@ class Runs:
     def __init__(self, folder: Path, args: argparse.Namespace) -> None:
         self.folder = folder
         self.processes = args.num_gpus
-        self.environment = {**os.environ, "DETECTRON2_DATASETS": str(folder / "data")}
-        self.environment.setdefault("OMP_NUM_THREADS", "1")
+        # Before the first process starts: they see the environment of that time.
+        os.environ.update(DETECTRON2_DATASETS=str(folder / "data"), PYTHONPATH=str(ROOT))
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
         for split, count in (("train", 24), ("val", 4)):
             write_blood_cells(folder / "data" / "blood_cells", split, num_images=count, seed=1)
         self.options = ["SEED", "1", "SOLVER.MAX_ITER", str(args.iterations), "DATASETS.TEST", "()"]
@@ -69,35 +68,24 @@ class Runs:
         self.options += ["SOLVER.EMA_DECAY", "0.9", "DATALOADER.NUM_WORKERS", str(args.workers)]
         self.options += ["SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.DTYPE", "bfloat16", *args.opts]
 
-    def start(self, name: str, config: str, *options: str) -> subprocess.Popen:
-        """Starts or resumes a run in its own folder and process group; its output goes to <name>.log.
+    def start(self, name: str, config: str, *options: str) -> BaseProcess:
+        """Starts or resumes a run in its own folder and process group; its output goes to <name>.log."""
+        command = ["--config-file", str(ROOT / "configs" / f"{config}.yaml"), "--resume"]
+        command += ["--num-gpus", str(self.processes), *self.options, *options]
+        return start([*command, "OUTPUT_DIR", str(self.folder / name)], self.log(name))
 
-        It ignores SIGINT, as what scripts start in the background does, with or without nohup.
-        """
-        command = [sys.executable, "train_net.py", "--config-file", f"configs/{config}.yaml", "--resume"]
-        command += ["--num-gpus", str(self.processes), "--dist-url", "auto", *self.options]
-        with open(self.log(name), "a") as log:
-            return subprocess.Popen(
-                [*command, *options, "OUTPUT_DIR", str(self.folder / name)],
-                cwd=ROOT,
-                env=self.environment,
-                start_new_session=True,
-                preexec_fn=ignore_sigint,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
-
-    def start_student(self, name: str) -> subprocess.Popen:
+    def start_student(self, name: str) -> BaseProcess:
         teacher = str(self.folder / "teacher" / "model_final.pth")
         return self.start(name, "quick_crosskd_retinanet", "MODEL.DISTILL.TEACHER.WEIGHTS", teacher)
 
-    def finish(self, name: str, process: subprocess.Popen) -> None:
+    def finish(self, name: str, process: BaseProcess) -> None:
         """Waits for the end of a run.
 
         Raises:
             SystemExit: it failed.
         """
-        if process.wait() != 0:
+        process.join()
+        if process.exitcode != 0:
             sys.exit(f"{name} failed:\n" + self.log(name).read_text()[-3000:])
 
     def log(self, name: str) -> Path:
@@ -122,15 +110,14 @@ def kill_at_random(runs: Runs, name: str, longest: float, rng: random.Random, pa
     checkpoints = len(checkpoints_in(folder)) + rng.randrange(4)
     process = runs.start_student(name)
     deadline = time.monotonic() + TIMEOUT
-    while process.poll() is None and time.monotonic() < deadline:
+    while process.is_alive() and time.monotonic() < deadline:
         if runs.starts(name) >= starts and len(checkpoints_in(folder)) >= checkpoints:
             break
         time.sleep(0.01)
-    try:
-        process.wait(rng.uniform(0.0, longest))
-    except subprocess.TimeoutExpired:
+    process.join(rng.uniform(0.0, longest))
+    if process.is_alive():
         os.kill(process.pid, signal.SIGKILL) if parent_only else os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        process.join()
         if not ends(process.pid):
             os.killpg(process.pid, signal.SIGKILL)
             sys.exit(f"processes are left {ALONE:.0f} s after their parent was killed")

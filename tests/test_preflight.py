@@ -11,6 +11,7 @@ from detectron2.data import DatasetMapper, get_detection_dataset_dicts
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 from messages import rows_of
+from runs import made_once
 from small import CONFIGS, build, distill_config, small_config
 from teachers import train_by_heart
 
@@ -25,6 +26,7 @@ from d2kd.errors import D2kdError
 QUICK = str(CONFIGS / "quick_crosskd_retinanet.yaml")
 LAZY = str(CONFIGS / "lazy" / "quick_crosskd_retinanet.py")
 BN = ["MODEL.RESNETS.NORM", "BN"]  # with frozen norms and GN, the scale of the pixels would not matter
+pytestmark = pytest.mark.slow
 IMAGES = 6
 ITERATIONS, WEAK = 80, 10
 
@@ -40,12 +42,14 @@ def loader(blood_cells):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, loader):
     """Teachers of two kinds that know the first few images by heart, and what the first one was on its way."""
-    folder = tmp_path_factory.mktemp("teachers")
-    batch = [loader.dataset[index, index] for index in range(IMAGES)]
-    for kind in ("RetinaNet", "GFL"):
-        cfg = small_config(*BN, "MODEL.META_ARCHITECTURE", kind)
-        train_by_heart(cfg, batch, folder / f"{kind}.pth", ITERATIONS, weak=WEAK)
-    return folder
+
+    def train(folder):
+        batch = [loader.dataset[index, index] for index in range(IMAGES)]
+        for kind in ("RetinaNet", "GFL"):
+            cfg = small_config(*BN, "MODEL.META_ARCHITECTURE", kind)
+            train_by_heart(cfg, batch, folder / f"{kind}.pth", ITERATIONS, weak=WEAK)
+
+    return made_once(tmp_path_factory, "teachers_of_preflight", train)
 
 
 @pytest.fixture
@@ -104,7 +108,6 @@ PERMUTED = each_slot(lambda _: [1, 2, 0])
 OTHER_CLASSES = each_slot(lambda slot: [(k + slot) % 3 for k in range(3)])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["RetinaNet", "GFL"])
 def test_a_sound_teacher_passes_and_is_described(kind, folder, loader, log):
     model = student(folder / f"{kind}.pth", kind=kind)
@@ -143,7 +146,6 @@ MISTAKES = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_broken_teacher_is_refused_with_the_cause(mistake, folder, loader, tmp_path):
     change, teacher_opts, message = MISTAKES[mistake]
@@ -154,7 +156,6 @@ def test_a_broken_teacher_is_refused_with_the_cause(mistake, folder, loader, tmp
     assert rows_of(str(error.value))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2])
 def test_a_random_backbone_is_not_silent(seed, folder, loader, tmp_path, log):
     """A trained head makes something of random features, so this is no clear case for every network."""
@@ -184,7 +185,6 @@ def test_train_mode(folder, loader):
         check_teacher(model, loader, IMAGES)
 
 
-@pytest.mark.slow
 def test_the_class_map_that_it_names_mends_the_order(folder, loader, tmp_path):
     weights = altered(folder, tmp_path, PERMUTED)
     check_teacher(student(weights, "MODEL.DISTILL.CLASS_MAP", "((0,2),(1,0),(2,1))"), loader, IMAGES)
@@ -193,7 +193,6 @@ def test_the_class_map_that_it_names_mends_the_order(folder, loader, tmp_path):
         check_teacher(student(weights, "MODEL.DISTILL.CLASS_MAP", "((1,1),(2,0))"), loader, IMAGES)
 
 
-@pytest.mark.slow
 def test_classes_do_not_matter_to_feature_methods(folder, loader, tmp_path, log):
     check_teacher(student(altered(folder, tmp_path, PERMUTED), methods=("PKD",)), loader, IMAGES)
     assert "No method reads classes, but the teacher counts its classes in another order" in log.text
@@ -202,7 +201,6 @@ def test_classes_do_not_matter_to_feature_methods(folder, loader, tmp_path, log)
     assert "not checked: it has other classes" in log.text
 
 
-@pytest.mark.slow
 def test_a_weak_teacher_is_a_warning(folder, loader, log):
     check_teacher(student(folder / "weak_RetinaNet.pth"), loader, IMAGES)
     assert "The teacher is weak: AP50" in log.text
@@ -227,7 +225,6 @@ def lazy_command(weights, output, images):
     return ["--config-file", LAZY, *opts, f"train.preflight={images}", f"train.output_dir={output}", "train.max_iter=2"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("command", [yaml_command, lazy_command])
 def test_a_run_is_stopped_before_its_first_iteration(command, folder, tmp_path, capfd):
     weights = altered(folder, tmp_path, random_part(""))
@@ -241,13 +238,11 @@ def test_a_run_is_stopped_before_its_first_iteration(command, folder, tmp_path, 
     assert main([*again[:2], "--resume", *again[2:]]) == 0  # a resumed run has passed already
 
 
-@pytest.mark.slow
 def test_a_teacher_that_detects_is_not_called_random(folder, loader):
     """GFL's class scores start low: after few iterations its loss is hardly below that with shuffled weights."""
     check_teacher(student(folder / "weak_GFL.pth", kind="GFL"), loader, IMAGES)
 
 
-@pytest.mark.slow
 def test_training_is_the_same_with_and_without(folder, blood_cells, tmp_path):
     for images in (0, 3):
         assert main(yaml_command(folder / "RetinaNet.pth", tmp_path / str(images), images)) == 0

@@ -101,6 +101,7 @@ def test_the_page_is_complete_and_needs_no_other_file(page: Page) -> None:
     assert "MODEL.DISTILL.METHODS" in page.texts_of("td")
 
 
+@pytest.mark.slow
 def test_the_table_has_a_row_for_each_label_with_the_spread_over_seeds(page: Page, runs: Path) -> None:
     head, cells = page.texts_of("th"), page.texts_of("td")
     width = head.index("s/step") + 2  # the first column has no name
@@ -114,6 +115,7 @@ def test_the_table_has_a_row_for_each_label_with_the_spread_over_seeds(page: Pag
     assert rows["student"][head.index("parameters")] == rows["crosskd"][head.index("parameters")] != MISSING
 
 
+@pytest.mark.slow
 def test_pictures_show_boxes_and_maps(page: Page) -> None:
     photos, maps = page.pictures("jpeg"), page.pictures("png")
     assert len(photos) == 2 * 4  # ground truth and three labels
@@ -140,6 +142,7 @@ def paths(svg: ElementTree.Element, color: str) -> List[List[Tuple[float, float]
     return found
 
 
+@pytest.mark.slow
 def test_charts_take_text_and_lines_from_the_page(page: Page) -> None:
     charts = svgs(page.source)
     assert len(charts) == 8
@@ -229,6 +232,7 @@ def test_a_teacher_that_is_gone(runs: Path, tmp_path: Path) -> None:
     assert len(page.pictures("jpeg")) == 2
 
 
+@pytest.mark.slow
 def test_runs_are_found_and_named(runs: Path, tmp_path: Path) -> None:
     found = find_runs([str(runs)])
     assert [label for label, _ in found] == ["teacher", "student", "student", "crosskd"]

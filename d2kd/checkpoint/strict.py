@@ -90,7 +90,8 @@ class StrictCheckpointer(SafeCheckpointer):
         return (
             f"the file holds a detector of {in_file[0] * classes // in_model[0]} classes and the config has {classes}: "
             "train one on the same data with train_net.py, or set NUM_CLASSES to the file's number (for a teacher in "
-            f"{key('MODEL.DISTILL.TEACHER.OPTS')}, with MODEL.DISTILL.CLASS_MAP or methods that read features only)"
+            f"{key('MODEL.DISTILL.TEACHER.OPTS')}, with {key('MODEL.DISTILL.CLASS_MAP')} or methods that read features "
+            "only)"
         )
 
 

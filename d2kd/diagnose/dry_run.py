@@ -12,6 +12,7 @@ from ..complexity import Complexity, measure
 from ..contract import channel_order, level_names, levels, num_classes
 from ..errors import D2kdError
 from ..heads import Cut
+from ..keys import key
 from .gradients import gradient_ratios, weight_warnings
 
 if TYPE_CHECKING:
@@ -37,7 +38,8 @@ def dry_run(model: nn.Module, batch: List[Dict[str, Any]], size: Tuple[int, int]
         D2kdError: the model has no methods.
     """
     if not getattr(model, "methods", ()):
-        raise D2kdError("--dry-run shows what methods do, but the config has none: set MODEL.DISTILL.METHODS")
+        methods = key("MODEL.DISTILL.METHODS")
+        raise D2kdError(f"--dry-run shows what methods do, but the config has none: set {methods}")
     student: DistillMetaArch = model  # type: ignore[assignment]
     with EventStorage():
         observation = student.observe(batch)

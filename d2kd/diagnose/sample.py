@@ -7,6 +7,7 @@ from itertools import islice
 from typing import Any, Dict, List, MutableMapping, NamedTuple, Sequence, Tuple, cast
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from detectron2.structures import Boxes, Instances
@@ -219,11 +220,20 @@ def coco_precision(truths: Sequence[Instances], found: Sequence[Instances], any_
         }
         truth.createIndex()
         evaluation = COCOeval(truth, truth.loadRes(results), "bbox")
-        evaluation.params.useCats = not any_class
+        params = evaluation.params
+        params.useCats = not any_class
+        # Objects of all sizes and 100 detections, as in AP; the others take most of the time.
+        params.areaRng, params.areaRngLbl, params.maxDets = params.areaRng[:1], params.areaRngLbl[:1], [100]
         evaluation.evaluate()
         evaluation.accumulate()
-        evaluation.summarize()
-    return float(evaluation.stats[0]), float(evaluation.stats[1])
+    precision = evaluation.eval["precision"]  # first by IoU, from 0.5 on; -1 for classes without objects
+    return mean_precision(precision), mean_precision(precision[0])
+
+
+def mean_precision(precision: np.ndarray) -> float:
+    """Mean of those entries that are known; -1 if none is, as in COCO."""
+    known = precision[precision > -1]
+    return float(known.mean()) if known.size else -1.0
 
 
 def coco_entries(image_id: int, boxes: Tensor, classes: Tensor) -> List[Dict[str, Any]]:

@@ -7,6 +7,8 @@ import socket
 import threading
 import time
 from contextlib import contextmanager
+from multiprocessing.context import SpawnProcess
+from multiprocessing.process import BaseProcess
 from typing import Any, Callable, Iterator, TypeVar
 from urllib.parse import urlparse
 from uuid import uuid4
@@ -22,6 +24,8 @@ Result = TypeVar("Result")
 ATTEMPT = "d2kd_attempt"
 # Seconds in which processes have to save themselves after SIGTERM.
 LEAVE_WITHIN = 600
+# Seconds in which processes have to end after Ctrl-C.
+END_WITHIN = 5.0
 # Seconds after which a process notices that the one that started it has ended.
 NOTICE_WITHIN = 0.5
 
@@ -98,14 +102,48 @@ def sigterm_for_children() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def ctrl_c_ends_children() -> Iterator[None]:
+    """Ends the processes that this one has started when Ctrl-C ends it.
+
+    A terminal sends SIGINT to all of them. One that is still importing would end with a traceback, so processes start
+    with it blocked; see :func:`end_with_launcher`.
+    """
+    start = SpawnProcess.start
+
+    def start_blocked(process: BaseProcess) -> None:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            start(process)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    SpawnProcess.start = start_blocked  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    except KeyboardInterrupt:
+        _end_children()
+        raise
+    finally:
+        SpawnProcess.start = start  # type: ignore[method-assign]
+
+
+def _end_children() -> None:
+    deadline = time.monotonic() + END_WITHIN
+    for child in multiprocessing.active_children():
+        child.join(max(0.0, deadline - time.monotonic()))
+        child.kill()
+
+
 def end_with_launcher() -> None:
     """Makes a process that :func:`detectron2.engine.launch` has started end when its parent does; else does nothing.
 
-    torch sends such a process SIGINT, which is ignored under nohup.
+    torch sends such a process SIGINT, which is ignored under nohup. From here on it heeds Ctrl-C.
     """
     launcher = multiprocessing.parent_process()
     if launcher is not None and launcher.pid is not None:
         end_with(launcher.pid)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 def end_with(parent: int) -> None:

@@ -14,7 +14,8 @@ from ..errors import D2kdError
 NAME = "run.lock"
 #: Seconds in which the processes of a run that was killed have ended.
 WAIT = 3.0
-_NOT_SUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+# Errors that say that another process holds the lock; all others, such as those of a file system without locks, do not.
+_HELD = (errno.EACCES, errno.EAGAIN)
 
 
 @contextmanager
@@ -22,7 +23,7 @@ def locked(folder: str, hint: str) -> Iterator[None]:
     """Holds the lock of a folder, which the system gives back when this process ends, however it ends.
 
     It is a POSIX record lock: unlike ``flock``, it is not inherited by data-loading processes, which may live a little
-    longer, and holds between machines on NFS. Where the file system has no locks, a warning says so.
+    longer, and holds between machines on NFS. Where the file system has no locks or fails, a warning says so.
 
     Args:
         folder: of the run.
@@ -44,14 +45,14 @@ def locked(folder: str, hint: str) -> Iterator[None]:
 
 
 def _acquire(descriptor: int, folder: str) -> bool:
-    """Whether the lock is ours now, or there are no locks."""
+    """Whether the lock is ours now, or the folder cannot be locked."""
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno not in _NOT_SUPPORTED:
+        if error.errno in _HELD:
             return False
         logging.getLogger(__name__).warning(
-            "The file system of %s has no locks (%s): make sure that no other run uses it.", folder, error.strerror
+            "The folder %s cannot be locked (%s): make sure that no other run uses it.", folder, error.strerror
         )
     return True
 

@@ -3,8 +3,9 @@
 import logging
 import sys
 import traceback
-from contextlib import contextmanager
-from typing import Iterator, List, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import Any, Iterator, List, Sequence
 
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
@@ -46,18 +47,25 @@ def run_logs(folder: str) -> Iterator[None]:
 
 def _tell_write_errors_once(folder: str) -> None:
     """A full disk ends a run when it writes what is needed later; without a log it goes on, with one line about it."""
+    handlers = {handler for name in LOGGERS for handler in logging.getLogger(name).handlers}
     told: List[OSError] = []
 
-    def handle_error(record: logging.LogRecord) -> None:
+    def handle_error(failed: Any, record: logging.LogRecord) -> None:
         error = sys.exc_info()[1]
         if not isinstance(error, OSError):
             logging.Handler().handleError(record)
-        elif not told:
+            return
+        if _writes_to_a_file(failed):
+            for handler in (x for x in handlers if getattr(x, "stream", None) is failed.stream):
+                handler.setLevel(logging.CRITICAL + 1)
+            with suppress(OSError):  # closed now, since the end of the process would write what is left, and fail
+                failed.stream.close()
+        if not told:
             told.append(error)
             print(f"the log in {folder} could not be written ({error.strerror}); going on without it", file=sys.stderr)
 
-    for handler in {handler for name in LOGGERS for handler in logging.getLogger(name).handlers}:
-        handler.handleError = handle_error  # type: ignore[method-assign]
+    for handler in handlers:
+        handler.handleError = partial(handle_error, handler)  # type: ignore[method-assign]
 
 
 def _has_no_traceback(record: logging.LogRecord) -> bool:
@@ -69,8 +77,12 @@ def _write_to_files(text: str) -> None:
     logger = logging.getLogger("d2kd")
     record = logger.makeRecord(logger.name, logging.ERROR, __file__, 0, text, (), None)
     for handler in logger.handlers:
-        if isinstance(handler, logging.StreamHandler) and handler.stream not in (sys.stdout, sys.stderr):
+        if _writes_to_a_file(handler) and record.levelno >= handler.level:
             handler.handle(record)
+
+
+def _writes_to_a_file(handler: logging.Handler) -> bool:
+    return isinstance(handler, logging.StreamHandler) and handler.stream not in (sys.stdout, sys.stderr)
 
 
 def log_remarks(remarks: Sequence[Remark]) -> None:

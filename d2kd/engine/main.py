@@ -30,6 +30,7 @@ from .estimate import Processes
 from .hooks import EXIT_PREEMPTED, Preempted
 from .launch import (
     check_address,
+    ctrl_c_ends_children,
     end_with_launcher,
     join_torchrun,
     once_per_machine,
@@ -181,7 +182,7 @@ def _start(args: argparse.Namespace, trainer: Type[Trainer]) -> None:
             print(dry_run(recipe, trainer, _processes(args)))
     elif args.num_gpus * args.num_machines > 1:
         check_address(args.dist_url, args.num_machines, args.machine_rank)
-        with sigterm_for_children():
+        with sigterm_for_children(), ctrl_c_ends_children():
             arguments = (args, trainer, checked)
             launch(_work, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args=arguments)
     else:

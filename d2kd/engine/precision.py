@@ -1,7 +1,7 @@
 """Automatic mixed precision: float16 with a gradient scaler on a GPU, or bfloat16 anywhere."""
 
 import logging
-from typing import Any
+from typing import Any, Dict
 
 import torch
 from detectron2.engine import AMPTrainer, SimpleTrainer
@@ -52,3 +52,26 @@ def amp_trainer(model: nn.Module, data_loader: Any, optimizer: torch.optim.Optim
         return AMPTrainer(model, data_loader, optimizer)
     logging.getLogger(__name__).info("Mixed precision: bfloat16%s", ", as always on the CPU" if on_cpu else "")
     return SimpleTrainer(Autocast(model), data_loader, optimizer)
+
+
+def with_scaler_state(trainer: SimpleTrainer, state: Dict[str, Any]) -> Dict[str, Any]:
+    """The state of a checkpoint for a trainer, whose mixed precision may have been another one at that time.
+
+    Args:
+        trainer: from :func:`amp_trainer`, or without mixed precision.
+        state: of the trainer that wrote the checkpoint.
+
+    Returns:
+        The state; where the trainer has a gradient scaler and it has none, with the trainer's own.
+    """
+    scaler = getattr(trainer, "grad_scaler", None)
+    saved = state.get("grad_scaler")
+    if scaler is None and saved:
+        logging.getLogger(__name__).warning("The run continues without the checkpoint's gradient scaler.")
+    if scaler is None or saved:
+        return state
+    logging.getLogger(__name__).warning(
+        "The checkpoint has no gradient scaler, as it was written without float16: a new one starts at scale %g.",
+        scaler.get_scale(),
+    )
+    return {**state, "grad_scaler": scaler.state_dict()}

@@ -26,8 +26,8 @@ from ..errors import D2kdError, known_mistakes
 from ..progress import progress_bar
 from .accumulate import accumulate
 from .devices import wrap_ddp
-from .hooks import EMA, Evaluation, Progress, Reproducible, Saving, Watch
-from .precision import amp_trainer
+from .hooks import EMA, Evaluation, Progress, Reproducible, Saving, Watch, Writing
+from .precision import amp_trainer, with_scaler_state
 from .recipe import Config, RunOptions
 from .styles import to_recipe
 
@@ -131,7 +131,7 @@ class Trainer(DefaultTrainer):
         state = {"_trainer": state_dict, **state_dict}
         settings = [{**group} for group in self._trainer.optimizer.param_groups]
         self._check_optimizer(settings, state["_trainer"]["optimizer"]["param_groups"])
-        super().load_state_dict(state)
+        super().load_state_dict({**state, "_trainer": with_scaler_state(self._trainer, state["_trainer"])})
         self._keep_settings(settings)
 
     def _check_optimizer(self, own: List[Dict[str, Any]], saved: List[Dict[str, Any]]) -> None:
@@ -172,7 +172,7 @@ class Trainer(DefaultTrainer):
             average = ema.average
             built.append(Evaluation(options.eval_period, lambda: {"ema": self._evaluate_average(average)}, saving))
         if comm.is_main_process():
-            built.append(hooks.PeriodicWriter(self.build_writers(), options.log_period))
+            built.append(Writing(self.build_writers(), options.log_period, options.output_dir))
         return built
 
     def _evaluate(self) -> Dict[str, Any]:

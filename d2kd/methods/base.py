@@ -12,6 +12,7 @@ from ..contract import Dense
 from ..dense import DenseOutputs, Targets
 from ..errors import D2kdError, nearest
 from ..heads import Cut
+from ..keys import key
 from ..signatures import defaults
 
 METHOD_REGISTRY: Registry = Registry("D2KD_METHOD")
@@ -104,7 +105,8 @@ def check_method_names(names: Sequence[str]) -> None:
     for name in names:
         if name not in known:
             raise D2kdError(
-                f"MODEL.DISTILL.METHODS names {name!r}, which is none of {', '.join(known)}{nearest(str(name), known)}"
+                f"{key('MODEL.DISTILL.METHODS')} names {name!r}, which is none of {', '.join(known)}"
+                f"{nearest(str(name), known)}"
             )
     check_unique(names)
 
@@ -113,7 +115,8 @@ def check_unique(names: Sequence[str]) -> None:
     """Raises D2kdError if a method appears twice."""
     twice = [name for name in names if list(names).count(name) > 1]
     if twice:
-        raise D2kdError(f"the method {twice[0]} is named twice in MODEL.DISTILL.METHODS; keep one and set its weight")
+        where = key("MODEL.DISTILL.METHODS")
+        raise D2kdError(f"the method {twice[0]} is named twice in {where}; keep one and set its weight")
 
 
 def build_method(name: str, **options: Any) -> Method:
