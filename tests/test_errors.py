@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 
 import numpy as np
 import pytest
@@ -38,6 +39,7 @@ from d2kd.methods import CrossKD
 QUICK = str(CONFIGS / "quick_crosskd_retinanet.yaml")
 SCRIPT = """
 import sys
+import tempfile
 
 from d2kd.engine import main
 from d2kd.errors import D2kdError
@@ -110,7 +112,9 @@ def test_a_message_is_one_line_of_a_bearable_length():
     assert str(D2kdError(error)) == str(error)
 
 
-def test_exit_statuses(capsys):
+def test_exit_statuses(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
     def fail(error):
         raise error
 
@@ -120,6 +124,7 @@ def test_exit_statuses(capsys):
     assert capsys.readouterr().err == "error: set KEY to 3\n"
     assert exit_status(lambda: fail(KeyError("x"))) == 1
     assert capsys.readouterr().err.startswith("Traceback")
+    assert not list(tmp_path.iterdir())  # a traceback goes to no file, whose name others could take before
     with pytest.raises(KeyboardInterrupt):
         exit_status(lambda: fail(KeyboardInterrupt()))
 

@@ -110,6 +110,7 @@ def test_sigterm_breaks_off_an_evaluation_which_the_resumed_run_does(
 
 @pytest.mark.slow
 def test_ctrl_c_ends_a_run_in_one_line(teachers, tmp_path, at, capfd):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest may run where it is ignored
     at(1, lambda: os.kill(os.getpid(), signal.SIGINT))
     assert train(tmp_path, teachers) == EXIT_INTERRUPTED == 130
     captured = capfd.readouterr()
