@@ -16,6 +16,8 @@ from small import CONFIGS
 
 from d2kd.engine import main
 from d2kd.engine.hooks import Progress
+from d2kd.experiments import series
+from d2kd.experiments.series import Run, run_all
 from d2kd.progress import log_above_bars, progress_bar
 
 
@@ -98,6 +100,47 @@ def test_elsewhere_there_is_no_bar_and_all_of_the_log(capsys):
         for _ in progress_bar(range(2), desc="work"):
             logger.warning("Inference done 1/2")
     assert capsys.readouterr().out == "Inference done 1/2\n" * 2
+
+
+# Stands for train_net.py, half way until that has been seen.
+SCRIPT = """
+import json, pathlib, sys, time
+folder = pathlib.Path(sys.argv[1])
+records = [{"iteration": 19, "time": 3.0, "total_loss": 1.5, "bbox/AP": 7.0}, {"iteration": 39, "bbox/AP": 8.0}]
+(folder / "metrics.json").write_text(json.dumps(records[0]))
+while not (folder / "seen").exists():
+    time.sleep(0.05)
+(folder / "metrics.json").write_text("\\n".join(map(json.dumps, records)))
+(folder / "model_final.pth").touch()
+"""
+
+
+class Fake(Run):
+    def command(self):
+        return [sys.executable, "-c", SCRIPT, str(self.folder)]
+
+    def progress(self):
+        done, text = super().progress()
+        if done:
+            (self.folder / "seen").touch()
+        return done, text
+
+
+def test_a_series_shows_a_bar_for_each_run_and_a_line_at_its_end(tmp_path, monkeypatch):
+    terminal = open_terminal(monkeypatch)
+    run_all([Fake("student", "c.yaml", tmp_path, 1, 40, "bccd")])
+    shown = terminal.shown()
+    assert "[1/1] student (seed 1)  50%|" in shown
+    assert "| 20/40, loss 1.50, AP 7.0, ETA 60 s" in shown
+    assert "[1/1] student (seed 1): AP 8.0 after " in shown.splitlines()[-1]
+
+
+def test_a_series_in_a_file_has_a_line_now_and_then(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(series, "LINE_SECONDS", 0.0)
+    run_all([Fake("student", "c.yaml", tmp_path, 1, 40, "bccd")])
+    lines = capsys.readouterr().out.splitlines()
+    assert "[1/1] student (seed 1): 20/40, loss 1.50, AP 7.0, ETA 60 s" in lines
+    assert lines[-1].startswith("[1/1] student (seed 1): AP 8.0 after ")
 
 
 @pytest.mark.slow

@@ -262,6 +262,13 @@ def test_a_run_with_a_lazy_config(runs: Path, tmp_path: Path) -> None:
     assert any(text.endswith(" G") for text in page.texts_of("td"))
 
 
+def test_a_lazy_run_on_own_data_keeps_its_classes(tmp_path: Path) -> None:
+    command = "python train_net.py --config-file c.py --train-data a.json:b --val-split 0.1 train.max_iter=2"
+    (tmp_path / "commands.txt").write_text(f"cd /d2kd && {command}  # 2026-01-01 12:00:00\n")
+    (tmp_path / "run.json").write_text('{"model.num_classes": 1}')
+    assert ReportRun("x", tmp_path).config == ("/d2kd/c.py", ["train.max_iter=2", "model.num_classes=1"])
+
+
 def test_methods_of_both_styles(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text('{"model.methods": [{"_target_": "d2kd.methods.crosskd.CrossKD", "cut": 1}]}')
     assert ReportRun("x", tmp_path).methods == ["CrossKD"]
@@ -315,3 +322,11 @@ def test_a_browser_shows_it_in_light_and_dark_and_on_a_phone(file: Path, tmp_pat
     width, images = map(int, title[1].split(","))
     assert width <= 390
     assert images == 2 * 4 + 2 * 5
+
+
+def test_an_axis_over_less_than_a_decade_is_linear() -> None:
+    """A logarithmic one from 0.9 to 1.5 would show a single number."""
+    for values, numbers in (((0.9, 1.5), 4), ((0.1, 50.0), 6)):
+        chart = line_chart([("a", list(enumerate(values)))], "x", "y", log=True)
+        labels = re.findall(r">([\d.]+)</text>", chart[chart.index('id="matplotlib.axis_2"') :])
+        assert len(labels) >= numbers, labels

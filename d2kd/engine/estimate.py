@@ -14,7 +14,8 @@ from torch import nn
 from .recipe import Recipe
 from .trainer import make_loop
 
-# Steps that are timed after the first one, which is slower; fewer if all together take longer than these seconds.
+# Steps that are timed after the first one, which also starts processes and allocates memory; a single one if two take
+# longer than these seconds.
 STEPS, SECONDS = 3, 30.0
 # Images whose detection is timed, after the first one.
 IMAGES = 3
@@ -54,10 +55,10 @@ def measure_training(recipe: Recipe, model: nn.Module, batches: Iterator[Any]) -
         torch.cuda.reset_peak_memory_stats()
     times: List[float] = []
     with EventStorage():
-        while len(times) <= STEPS and sum(times) < SECONDS:
+        while len(times) < 2 or (len(times) <= STEPS and sum(times) < SECONDS):
             loop.iter = len(times)
             times.append(_seconds(loop.run_step))
-    step, memory = median(times[1:] or times), peak_memory()
+    step, memory = median(times[1:]), peak_memory()
     model.eval()
     with torch.no_grad():
         images = [_seconds(lambda x=image: model([x])) for image in next(batches)[: IMAGES + 1]]  # type: ignore[misc]

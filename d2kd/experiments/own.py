@@ -3,12 +3,14 @@
 import importlib.util
 import json
 import math
+import socket
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Sequence, Tuple
 
 import torch
 from detectron2.config import CfgNode
@@ -28,6 +30,8 @@ from .series import ROOT, TEACHER, Run, run_all, table
 
 LABELS = {TEACHER: TEACHER, "student": "student", "distilled": "student + CrossKD"}
 EVALUATIONS = 4
+# Seconds after which a server that does not answer counts as missing.
+NETWORK_SECONDS = 20.0
 # Seconds that a run takes before its first and after its last iteration.
 STARTING = 15
 
@@ -67,6 +71,17 @@ MODELS = {
         "ResNet-50 and ResNet-18 that start from ImageNet: for a GPU",
     ),
 }
+
+
+@contextmanager
+def patience(seconds: float) -> Iterator[None]:
+    """Within it, connections that take longer fail; by default they wait as long as the system does."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
 
 
 @dataclass(frozen=True)
@@ -146,17 +161,17 @@ class OwnDistillation:
             self._check_start(kind)
 
     def _check_start(self, kind: str) -> None:
-        """Fetches the weights that a model starts from, so that a missing network shows now."""
+        """Fetches the weights that a model starts from, so that a missing network shows now, and within seconds."""
         weights = self.start.get(kind) or self._config(kind).MODEL.WEIGHTS
-        if weights.startswith("torchvision://") or not weights:  # fetched by torch
+        if not weights:
             return
         try:
-            with open(PathManager.get_local_path(weights), "rb"):
+            with patience(NETWORK_SECONDS), open(PathManager.get_local_path(weights), "rb"):
                 pass
         except Exception as error:  # whatever the handler of the address raises
             raise D2kdError(
-                f"the weights that the {kind} starts from cannot be fetched ({weights}: {error}); name a local file "
-                f"with --{kind}-start, or use --models small, which starts from scratch"
+                f"the weights that the {kind} starts from cannot be fetched ({weights}: {error}); without a network, "
+                f"name a local file with --{kind}-start, or use --models small, which starts from scratch"
             ) from error
 
     @property
@@ -331,9 +346,11 @@ class OwnDistillation:
             LABELS["distilled"]: student.step + self._batch * teacher.forward,
         }
         lines, total = [], 0.0
-        for label in dict.fromkeys(run.label for run in runs):
-            left = [run for run in runs if run.label == label and not run.done]
-            seconds = len(left) * (self._iterations * steps[label] + self._evaluating(teacher, student, label))
+        left = [run for run in runs if not run.done]
+        for label in dict.fromkeys(run.label for run in left):
+            same = [run for run in left if run.label == label]
+            iterations = sum(self._iterations - run.progress()[0] for run in same)
+            seconds = iterations * steps[label] + len(same) * self._evaluating(teacher, student, label)
             total += seconds
             lines.append(f"{label:<20} {steps[label]:.2f} s per iteration, about {duration(seconds)}")
         memory = f"{max(student.memory, teacher.memory) / 1000:.1f} GB"

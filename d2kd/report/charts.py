@@ -17,6 +17,8 @@ COLORS = ("#3b82f6", "#f97316", "#10b981", "#d946ef", "#eab308", "#06b6d4", "#ef
 # What the style sheet knows as currentColor and --line; matplotlib needs numbers.
 INK, LINE = "#010203", "#040506"
 SIZE = (4.3, 3.0)  # inches; on a phone it is about as wide as the screen
+# Ratio of the ends of a vertical axis below which it stays linear.
+NARROW = 5.0
 STYLE: Dict[Any, Any] = {
     "svg.fonttype": "none",
     "text.parse_math": False,
@@ -109,6 +111,9 @@ def _figure(size: Tuple[float, float]) -> Tuple[Figure, Axes]:
 def _scale(axis: Axes, log: bool) -> None:
     if not log:
         axis.set_ylim(0, None)
+        return
+    low, high = axis.get_ylim()
+    if low > 0 and high < NARROW * low:  # a logarithmic axis would have a single number
         return
     axis.set_yscale("log")
     axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))

@@ -221,11 +221,11 @@ def _pictures(groups: Groups, num_images: int) -> List[Section]:
         try:
             test_set = TestSet(name)
             images = test_set.sample(num_images)
-            rows = detection_rows(test_set, images, files)
+            rows, lowest = detection_rows(test_set, images, files)
         except (D2kdError, OSError) as error:
             sections.append(Section(title, f"No pictures: {error}."))
             continue
-        sections.append(Section(title, "With scores above 0.4.", rows=rows, legend=legend(test_set)))
+        sections.append(Section(title, f"With scores above {lowest:.2g}.", rows=rows, legend=legend(test_set)))
         sections += [_comparison(run, test_set, images[:2]) for run in _distilled(groups)]
     return sections
 

@@ -87,23 +87,30 @@ class TestSet:
 
 def detection_rows(
     test_set: TestSet, images: Sequence[Mapping[str, Any]], detections: Mapping[str, Path]
-) -> List[List[Picture]]:
-    """Ground truth and detections of each run, a row for each image.
+) -> Tuple[List[List[Picture]], float]:
+    """Ground truth and detections of each run, a row for each image, and the lowest score that is shown.
+
+    It is :data:`MIN_SCORE`, or less after a short training whose best run would otherwise show fewer detections than
+    half of the objects.
 
     Args:
         test_set: of the images.
         images: to show.
         detections: file of the detections of each run, by label.
     """
-    columns = {"ground truth": test_set.truth["annotations"]}
-    for label, file in detections.items():
-        columns[label] = [box for box in json.loads(file.read_text()) if box["score"] >= MIN_SCORE]
+    found = {label: json.loads(file.read_text()) for label, file in detections.items()}
+    truth = test_set.truth["annotations"]
+    enough = max(len(truth) // 2, 1)
+    scores = [sorted((box["score"] for box in boxes), reverse=True)[:enough] for boxes in found.values()]
+    lowest = min(MIN_SCORE, max((best[-1] for best in scores if best), default=MIN_SCORE))
+    columns = {"ground truth": truth}
+    columns.update({label: [box for box in boxes if box["score"] >= lowest] for label, boxes in found.items()})
     rows = []
     for image in images:
         pixels = utils.read_image(test_set.path(image), "RGB")
         own = {label: [b for b in boxes if b["image_id"] == image["id"]] for label, boxes in columns.items()}
         rows.append([Picture(label, draw_boxes(pixels, boxes, test_set.colors())) for label, boxes in own.items()])
-    return rows
+    return rows, lowest
 
 
 def draw_boxes(pixels: np.ndarray, boxes: Sequence[Mapping[str, Any]], colors: Mapping[int, str]) -> str:

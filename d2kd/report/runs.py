@@ -10,9 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Dict, List, Sequence, Tuple
 
-from detectron2.engine import default_argument_parser
-
 from ..diagnose.gradients import GRADIENT
+from ..engine.main import parser
 from ..errors import D2kdError
 from ..experiments.pictures import detection_loss, read_metrics
 
@@ -56,8 +55,10 @@ class ReportRun:
         words = shlex.split(self.commands.splitlines()[-1], comments=True) if self.commands else []
         if "MODEL.META_ARCHITECTURE" in self.values or words[:1] != ["cd"]:
             return str(self.folder / "config.yaml"), []
-        arguments = default_argument_parser().parse_known_args(words[words.index("&&") + 3 :])[0]
-        return os.path.join(words[1], arguments.config_file), arguments.opts
+        arguments = parser().parse_args(words[words.index("&&") + 3 :])
+        classes = self.values.get("model.num_classes")  # --train-data may have set them
+        opts = [] if classes is None else [f"model.num_classes={classes}"]
+        return os.path.join(words[1], arguments.config_file), [*arguments.opts, *opts]
 
     @property
     def methods(self) -> List[str]:
