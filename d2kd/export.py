@@ -182,7 +182,7 @@ def export_onnx(detector: DenseDetector, path: Path, size: Tuple[int, int]) -> R
     Raises:
         D2kdError: onnx or onnxruntime is missing.
     """
-    _need("onnx", "onnxruntime")
+    need("onnx", "onnxruntime")
     exportable = Exportable(detector).cpu()
     sides = {1: "height", 2: "width"}
     torch.onnx.register_custom_op_symbolic("aten::sort", _stable_sort, OPSET)
@@ -212,7 +212,8 @@ def _stable_sort(graph: Any, values: Any, stable: Any, dim: Any, descending: Any
     return graph.op("TopK", values, graph.op("Shape", values), axis_i=0, largest_i=1, outputs=2)
 
 
-def _need(*packages: str) -> None:
+def need(*packages: str) -> None:
+    """Raises D2kdError if one of the packages for ONNX is missing."""
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         raise D2kdError(f"ONNX needs {' and '.join(missing)}: pip install {' '.join(missing)}, or --format torchscript")
@@ -224,7 +225,7 @@ def load_onnx(path: Path, device: Any = "cpu") -> Run:
     Raises:
         D2kdError: onnxruntime is missing.
     """
-    _need("onnxruntime")
+    need("onnxruntime")
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

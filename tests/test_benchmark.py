@@ -25,7 +25,8 @@ def benchmark(monkeypatch):
 def test_it_compares_and_grows(benchmark, tmp_path, capsys):
     before, after = tmp_path / "before.json", tmp_path / "after.json"
     assert benchmark(*SMALL, "--json", before) == 0
-    assert {"step / floor", "kept for distilling (MiB)"} <= json.loads(before.read_text())["result"].keys()
+    wanted = {"step / floor", "kept for distilling (MiB)", "peak of teacher forward (MiB)", "images per second"}
+    assert wanted <= json.loads(before.read_text())["result"].keys()
     capsys.readouterr()
     more = ["--growth", "classes=9", "boxes=40", "--", "MODEL.DISTILL.TEACHER.DTYPE", "bfloat16"]
     assert benchmark(*SMALL, "--compare", before, "--json", after, *more) == 0

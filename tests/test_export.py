@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Callable, List
 
+import numpy as np
 import onnxruntime
 import pytest
 import torch
@@ -27,6 +28,7 @@ from d2kd.config import load_config
 from d2kd.engine import main
 from d2kd.errors import D2kdError
 from d2kd.export import Detections, Exportable, check_agreement, export_onnx, export_torchscript, load_detector
+from d2kd.predict import open_predictor
 
 SIZE = (96, 128)
 SIZES = [SIZE, (128, 96), (100, 131)]
@@ -230,6 +232,29 @@ def test_the_table_has_the_ap_of_each_file(tmp_path: Path, call: Callable[..., i
     assert [name for _, name in report["categories"]] == ["RBC", "WBC", "Platelets"]
 
 
+@pytest.mark.slow
+def test_the_int8_file_is_calibrated_evaluated_and_used_like_others(
+    tmp_path: Path, call: Callable[..., int], blood_cells: Path, capsys: Any
+) -> None:
+    weights, output = save_teacher(tmp_path / "student.pth"), tmp_path / "out"
+    train, val = (f"{blood_cells}/instances_{split}.json:{blood_cells}/images" for split in ("train", "val"))
+    args = ["--config-file", DISTILL, "--weights", weights, "--output", output, "--format", "onnx"]
+    assert call(*args, "--int8", train, "--calibration-images", 3, "--evaluate", val) == 0
+    assert MetadataCatalog.get("own_val").json_file.endswith("val.json")  # though --int8 gave train that name
+    report = json.loads((output / "export.json").read_text())
+    assert (report["opset"], report["threads"], report["calibrated_with"]) == (17, torch.get_num_threads(), 3)
+    assert [row["model"].split(" ")[0] for row in report["models"]] == ["student", "model.onnx", "model_int8.onnx"]
+    row = report["models"][-1]
+    assert row["model"] == "model_int8.onnx (INT8, opset 17, onnxruntime, CPU)"
+    assert row["size (MB)"] == (output / "model_int8.onnx").stat().st_size / 1e6
+    assert row["AP"] >= 0
+    printed = capsys.readouterr().out
+    assert re.search(r"^ms: one image of 96 x 128, \d+ threads?; ONNX opset 17$", printed, re.M)
+    assert "model_int8.onnx: calibrated with 3 images\n" in printed
+    found = open_predictor(str(output / "model_int8.onnx"))(np.full((96, 128, 3), 90, np.uint8))
+    assert found.image_size == (96, 128)
+
+
 def evaluate_command(weights: Path, folder: Path) -> float:
     """AP by train_net.py --eval-only."""
     output = folder / "eval"
@@ -249,6 +274,9 @@ def evaluate_command(weights: Path, folder: Path) -> float:
     ("args", "message"),
     [
         (["--evaluate", "gone.json"], r"gone\.json does not exist"),
+        (["--int8", "gone.json"], r"gone\.json does not exist"),
+        (["--int8", "{folder}"], r".* holds no image"),
+        (["--int8", "--format", "torchscript"], r"--int8 quantizes the ONNX file: use --format onnx or both"),
         (["--config-file", "gone.yaml"], r"config gone\.yaml is no file"),
         (["--weights", "gone.pth"], r"gone\.pth: no such file"),
         (["--config-file", str(CONFIGS / "quick_retinanet.yaml"), "--weights", "{wide}"], r"wide\.pth does not fit"),
@@ -263,7 +291,7 @@ def test_mistakes_end_with_one_sentence(
     wide = save_teacher(tmp_path / "wide.pth", "MODEL.FPN.OUT_CHANNELS", "64")
     student = save_teacher(tmp_path / "student.pth")
     good = ["--config-file", DISTILL, "--weights", student, "--output", tmp_path / "out"]
-    assert call(*good, *(arg.format(wide=wide) for arg in args)) == 2
+    assert call(*good, *(arg.format(wide=wide, folder=tmp_path) for arg in args)) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert re.match(f"error: .*{message}", error), error
     assert not (tmp_path / "out").exists()

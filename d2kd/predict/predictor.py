@@ -12,7 +12,7 @@ from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.data import transforms as T
 from detectron2.structures import Instances
 from omegaconf import OmegaConf
-from torch import nn
+from torch import Tensor, nn
 
 from ..checkpoint import load_strict
 from ..contract import channel_order, num_classes
@@ -51,10 +51,7 @@ class Predictor:
             D2kdError: the model detects no objects, or more classes than it has names.
         """
         height, width = image.shape[:2]
-        given = T.AugInput(image if self.input_format == "BGR" else image[:, :, ::-1])
-        self.augmentations(given)
-        pixels = torch.from_numpy(np.ascontiguousarray(given.image.transpose(2, 0, 1)))
-        found = self.model([{"image": pixels, "height": height, "width": width}])[0]
+        found = self.model([{"image": self.prepare(image), "height": height, "width": width}])[0]
         if "instances" not in found:
             raise D2kdError(f"{type(self.model).__name__} does not detect objects; name the config of a detector")
         instances = found["instances"].to("cpu")
@@ -65,6 +62,12 @@ class Predictor:
                 "with --names, or with the data set that it was trained on"
             )
         return instances
+
+    def prepare(self, image: np.ndarray) -> Tensor:
+        """Resizes an image, (H, W, 3) uint8, BGR, for the model: (3, H', W') uint8, in its channel order."""
+        given = T.AugInput(image if self.input_format == "BGR" else image[:, :, ::-1])
+        self.augmentations(given)
+        return torch.from_numpy(np.ascontiguousarray(given.image.transpose(2, 0, 1)))
 
     def with_names(self, names: Sequence[str], data_set: str = "") -> "Predictor":
         """A predictor with other names of classes: given ones, or those of a registered data set.

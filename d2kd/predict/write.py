@@ -99,7 +99,7 @@ def write_predictions(predictor: Predictor, inputs: Sequence[Input], output: Pat
         if entry in videos:
             _write_video(predictor, videos[entry], place, metadata, min_score, record)
             continue
-        image = _read(entry.path)
+        image = read_if_possible(entry.path)
         if image is None:
             skipped.append(entry.path)
             continue
@@ -113,7 +113,7 @@ def write_predictions(predictor: Predictor, inputs: Sequence[Input], output: Pat
     return Written(len(record.images), len(record.results), skipped)
 
 
-def _read(path: Path) -> Optional[np.ndarray]:
+def read_if_possible(path: Path) -> Optional[np.ndarray]:
     """An image (H, W, 3) BGR; None, with a warning, if it cannot be read."""
     try:
         return read_image(str(path), "BGR")
