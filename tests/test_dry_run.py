@@ -49,7 +49,7 @@ def test_warnings_about_weights_that_are_too_large_or_too_small():
 def test_dry_run_describes_the_wiring(teacher_file):
     model = make(teacher_file, "MODEL.DISTILL.PKD.WEIGHT", "1e5")
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    text = dry_run(model, batch(), (96, 128))
+    text = dry_run(model, batch())
     for words in (
         r"p3 / p3\s+8 / 8\s+32 / 64\s+9 / 9",
         r"parameters\s+0\.\d+ M\s+0\.\d+ M",

@@ -1,7 +1,7 @@
 """The dry run: how student, teacher and methods fit together, and the gradient of each loss at the FPN."""
 
 from collections import Counter
-from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Tuple, cast
+from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Optional, Tuple, cast
 
 from detectron2.utils.events import EventStorage
 from fvcore.nn import parameter_count
@@ -23,13 +23,14 @@ if TYPE_CHECKING:
 LATENCY_SECONDS = 0.3
 
 
-def dry_run(model: nn.Module, batch: List[Dict[str, Any]], size: Tuple[int, int]) -> str:
+def dry_run(model: nn.Module, batch: List[Dict[str, Any]], size: Optional[Tuple[int, int]] = None) -> str:
     """Runs one batch through a student and its teacher and describes what happens, without training.
 
     Args:
         model: a :class:`DistillMetaArch` with methods, in training mode.
         batch: images with annotations, as :class:`DatasetMapper` returns them.
-        size: height and width in pixels of the image with which the cost of both detectors is measured.
+        size: height and width in pixels of the image with which the cost of both detectors is measured; by default the
+            size of the first one.
 
     Returns:
         Tables of the detectors, of the methods, and of all losses with their gradients, then warnings, if any.
@@ -44,12 +45,15 @@ def dry_run(model: nn.Module, batch: List[Dict[str, Any]], size: Tuple[int, int]
     with EventStorage():
         observation = student.observe(batch)
         losses = student.losses_of(observation)
+    height, width = size or batch[0]["image"].shape[-2:]
     names = list(student.distill)
     ratios = gradient_ratios(losses, names, observation.student.features)
     weighted = {name: method for name, method in student.distill.items() if hasattr(method, "weight")}
     weights = {name: cast(float, method.weight) for name, method in weighted.items()}
     warnings = [f"warning: {text}" for text in weight_warnings(ratios, names, weights)]
-    return "\n\n".join([detector_tables(student, size), method_table(student), loss_table(losses, ratios), *warnings])
+    return "\n\n".join(
+        [detector_tables(student, (height, width)), method_table(student), loss_table(losses, ratios), *warnings]
+    )
 
 
 def detector_tables(model: "DistillMetaArch", size: Tuple[int, int]) -> str:
