@@ -5,7 +5,7 @@ that compare predictions or tower features need a :class:`Dense` detector on top
 :class:`DenseStudent`. detectron2's RetinaNet and FCOS have all of it.
 """
 
-from typing import Any, Dict, Iterator, List, Optional, Protocol, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Protocol, Sequence, Tuple
 
 from detectron2.layers import ShapeSpec
 from detectron2.structures import Boxes, ImageList, Instances
@@ -181,9 +181,14 @@ def levels(detector: Pyramid, prefix: str = "") -> List[ShapeSpec]:
         D2kdError: the backbone does not have one that the head reads.
     """
     shapes, names = detector.backbone.output_shape(), level_names(detector)
+    check_level_names(names, shapes, prefix)
+    return [shapes[name] for name in names]
+
+
+def check_level_names(names: Sequence[str], shapes: Mapping[str, ShapeSpec], prefix: str = "") -> None:
+    """Raises D2kdError if a backbone with these shapes has no level of one of the names; prefix as for :func:`levels`."""
     for name in names:
         check_choice(f"{prefix}a level that the head reads (head_in_features)", name, shapes)
-    return [shapes[name] for name in names]
 
 
 def level_strides(detector: Pyramid) -> List[int]:

@@ -82,7 +82,8 @@ def lazy_command(folder, teachers, *opts):
     return ["--config-file", LAZY, *run]
 
 
-@pytest.mark.parametrize("command", [yaml_command, pytest.param(lazy_command, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [yaml_command, lazy_command])
 def test_a_run_on_the_cpu(command, teachers, tmp_path, monkeypatch):
     """Student and teacher run in bfloat16; evaluation, of the average too, and all weights stay in float32."""
     seen = set()

@@ -46,6 +46,7 @@ def test_warnings_about_weights_that_are_too_large_or_too_small():
     assert "does not reach" in said[2]
 
 
+@pytest.mark.slow
 def test_dry_run_describes_the_wiring(teacher_file):
     model = make(teacher_file, "MODEL.DISTILL.PKD.WEIGHT", "1e5")
     before = {key: value.clone() for key, value in model.state_dict().items()}

@@ -143,6 +143,7 @@ def test_without_onnx_one_sentence_says_what_to_install(tmp_path: Path, monkeypa
 # --- loading
 
 
+@pytest.mark.slow
 def test_a_lazy_config_needs_no_teacher_either(tmp_path: Path) -> None:
     weights = str(save_teacher(tmp_path / "weights.pth"))
     ours = load_detector(LAZY, weights, ["model.teacher.weights=gone.pth"])
@@ -151,6 +152,7 @@ def test_a_lazy_config_needs_no_teacher_either(tmp_path: Path) -> None:
     torch.testing.assert_close(plain(ours, image())[1], plain(theirs, image())[1], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_other_detectors_are_refused() -> None:
     with pytest.raises(D2kdError, match="makes a GeneralizedRCNN, not a dense detector"):
         load_detector("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml", "any.pth")
@@ -311,6 +313,7 @@ def test_tool_removes_a_wrong_file(
     assert not list((tmp_path / "out").iterdir())
 
 
+@pytest.mark.slow
 def test_the_tool_takes_the_configs_test_size(
     tmp_path: Path, call: Callable[..., int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -222,6 +222,7 @@ def test_a_file_system_without_locks_is_told(code, tmp_path, monkeypatch, caplog
         assert f"{tmp_path} cannot be locked ({os.strerror(code)}): make sure that no other run" in caplog.text
 
 
+@pytest.mark.slow
 def test_evaluation_leaves_the_runs_config_alone(run, teachers):
     kept = {name: (run / name).read_bytes() for name in ("config.yaml", "run.json", "log.txt")}
     opts = ["MODEL.WEIGHTS", run / "model_final.pth", "DATASETS.TEST", "('blood_cells_val',)", "SEED", 7]

@@ -70,6 +70,7 @@ def test_classes_of_student_and_teacher_come_from_the_file(coco, tmp_path, detec
         assert OmegaConf.to_container(made.config.model.head)["num_classes"] == "${..num_classes}"
 
 
+@pytest.mark.slow
 def test_a_teacher_with_a_map_of_classes_or_own_overrides_keeps_its_classes(coco, tmp_path):
     opts = [*output(QUICK, tmp_path), "MODEL.DISTILL.CLASS_MAP", "(('ant','RBC'),)"]
     assert recipe(QUICK, data=[coco], opts=opts)[0].get("MODEL.DISTILL.TEACHER.OPTS") == []
@@ -87,7 +88,8 @@ def test_a_lazy_config_without_evaluation(coco, tmp_path):
     assert "nothing is evaluated" in args.data.remark()[1]
 
 
-@pytest.mark.parametrize("config", [QUICK, pytest.param(LAZY, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [QUICK, LAZY])
 def test_train_resume_and_evaluate(coco, tmp_path, config, capfd):
     """The split is the same each time, another one is refused, and dry run and evaluation know the data."""
     teacher = save_teacher(tmp_path / "teacher.pth", "MODEL.RETINANET.NUM_CLASSES", 2)

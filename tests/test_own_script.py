@@ -23,6 +23,7 @@ def test_scripts_are_short() -> None:
     assert max(len([line for line in script.splitlines() if line.strip()]) for script in SCRIPTS) <= 21
 
 
+@pytest.mark.slow
 def test_default_trainer(blood_cells: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opts = ["MODEL.DISTILL.TEACHER.WEIGHTS", save_teacher(tmp_path / "teacher.pth"), "OUTPUT_DIR", tmp_path / "run"]
     opts += ["SOLVER.MAX_ITER", 2, "DATASETS.TEST", "()", "DATALOADER.NUM_WORKERS", 0, "MODEL.DEVICE", "cpu"]
@@ -34,6 +35,7 @@ def test_default_trainer(blood_cells: Path, tmp_path: Path, monkeypatch: pytest.
     assert record["loss_crosskd_cls"] > 0
 
 
+@pytest.mark.slow
 def test_lazy_loop(blood_cells: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opts = [f"model.teacher.weights={save_teacher(tmp_path / 'teacher.pth')}", "train.max_iter=2"]
     run(SCRIPTS[1], monkeypatch, CONFIGS / "lazy" / "quick_crosskd_retinanet.py", *opts, f"train.output_dir={tmp_path}")

@@ -133,6 +133,7 @@ def test_folders_are_searched_and_no_output_is_lost(tmp_path: Path, images: List
     assert names == ["a/b/x.png", "a/x.png", "clip.mp4", "clip_2.mp4", "x.png", "b/x.png", "x_2.png"]
 
 
+@pytest.mark.slow
 def test_a_damaged_image_is_left_out(
     tmp_path: Path, weights: Path, images: List[Path], call: Callable[..., int], capsys: pytest.CaptureFixture
 ) -> None:
@@ -148,6 +149,7 @@ def test_a_damaged_image_is_left_out(
     assert "damaged.png cannot be read" in last_error(capsys)
 
 
+@pytest.mark.slow
 def test_a_run_tells_config_and_names(
     tmp_path: Path, weights: Path, blood_cells: Path, images: List[Path], call: Callable[..., int]
 ) -> None:

@@ -94,6 +94,7 @@ def test_the_region_that_reads_scores_needs_a_head(teacher_file):
         make(teacher_file, "MODEL.DISTILL.FITNET.REGION", "gibox", methods=["FitNet"])
 
 
+@pytest.mark.slow
 def test_a_level_without_a_partner_is_left_out(teacher_file, caplog):
     """The student's P7, and its region in FitNet."""
     five = ["MODEL.FPN.EXTRA.NUM_LEVELS", "2", "MODEL.RETINANET.IN_FEATURES", "['p3','p4','p5','p6','p7']"]
@@ -109,6 +110,7 @@ def test_a_level_without_a_partner_is_left_out(teacher_file, caplog):
     assert re.search(r"classes\s+3\s+3", text)
 
 
+@pytest.mark.slow
 def test_levels_pair_levels_by_name_and_pkd_resizes(teacher_file):
     """As PKD's authors pair P3 to P6 of a student with P2 to P5 of a Mask R-CNN."""
     student = make(teacher_file, "MODEL.DISTILL.LEVELS", "('p3:p2', 'p5')")
@@ -143,6 +145,7 @@ def test_levels_and_features_exclude_each_other(teacher_file):
         make(teacher_file, *features, "MODEL.DISTILL.LEVELS", "('p3',)")
 
 
+@pytest.mark.slow
 def test_levels_between_dense_detectors(tmp_path):
     """By default two dense detectors must have the same levels; LEVELS pairs others, and head methods read all."""
     file = save_teacher(tmp_path / "dense.pth")
@@ -201,6 +204,7 @@ def test_vitdet_pads_to_a_square_and_its_maps_are_cropped(vitdet):
 # Scale
 
 
+@pytest.mark.slow
 def test_scale_pairs_levels_in_the_students_pixels(teacher_file):
     """A teacher at twice the size: its P4 lies where the student's P3 lies."""
     student = make(teacher_file, "MODEL.DISTILL.TEACHER.SCALE", "2.0")

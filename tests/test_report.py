@@ -188,6 +188,7 @@ def test_seconds_are_those_of_training(tmp_path: Path) -> None:
     assert run.own_loss() == [(9, 0)]
 
 
+@pytest.mark.slow
 def test_nothing_in_a_run_becomes_markup(tmp_path: Path) -> None:
     run = tmp_path / "run"
     (run / "inference" / EVIL.replace("/", "")).mkdir(parents=True)

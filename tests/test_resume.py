@@ -64,7 +64,8 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", [x if x == "FCOS" else pytest.param(x, marks=pytest.mark.slow) for x in CASES])
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
 def test_killed_and_resumed_equals_unbroken(case, teachers, tmp_path, at):
     """Weights, optimizer, schedule, EMA, adapters, running normalizer: all of the last checkpoint, bit for bit."""
     options, opts = CASES[case]

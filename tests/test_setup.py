@@ -13,6 +13,7 @@ import pytest
 
 import d2kd
 
+pytestmark = pytest.mark.slow  # most of them start bash and pip
 ROOT = Path(__file__).parent.parent
 
 
@@ -23,7 +24,6 @@ def setup(**variables):
     return subprocess.run(["bash", ROOT / "scripts" / "setup.sh"], env=environment, capture_output=True, text=True)
 
 
-@pytest.mark.slow
 def test_without_detectron2_one_sentence_says_how_to_get_it():
     code = "import sys; sys.modules['detectron2'] = None; import d2kd"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
@@ -151,7 +151,6 @@ def test_the_registry_build_no_longer_claims_python_310_and_numpy_1(environment)
     assert "Requires-Dist: numpy\nRequires-Dist: black\n" in (info / "METADATA").read_text()
 
 
-@pytest.mark.slow
 def test_what_was_chosen_stays_until_another_is_chosen(environment, checkout):
     environment.setup()
     done, calls = environment.setup(DETECTRON2="official")
@@ -196,7 +195,6 @@ def test_two_builds_at_once_are_both_removed(environment, choice, left):
     assert environment.installed == left
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("url", "message"),
     [
@@ -214,7 +212,6 @@ def test_a_build_that_fails_changes_nothing(environment, url, message):
     assert environment.setup()[1] == []
 
 
-@pytest.mark.slow
 def test_the_sdist_builds_the_wheel_by_itself(tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(ROOT / "d2kd", copy / "d2kd", ignore=shutil.ignore_patterns("__pycache__"))

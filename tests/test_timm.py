@@ -204,6 +204,7 @@ def test_a_checkpoint_needs_no_pretrained_weights(tmp_path):
     assert lazy.model.backbone.bottom_up.pretrained is False
 
 
+@pytest.mark.slow
 def test_a_student_with_a_timm_teacher(classifier, tmp_path):
     """Both with backbones of timm, the student narrower; the teacher's own file of pretrained weights is not needed."""
     own = [*TIMM, "MODEL.RETINANET.NORM", "''"]
@@ -227,6 +228,7 @@ def efficientnet_lite():
     return {renamed.get(name, name): torch.randn(value.shape) if value.ndim else value for name, value in own.items()}
 
 
+@pytest.mark.slow
 def test_efficientnet_lite_gets_timms_names(tmp_path, capsys):
     source = efficientnet_lite()
     torch.save(source, tmp_path / "package.pth")

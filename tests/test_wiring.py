@@ -61,3 +61,14 @@ def test_heads_with_one_anchor_need_a_shape_for_each_level(detector):
     config.model.head.input_shape = config.model.head.input_shape[:4]
     with pytest.raises(D2kdError, match=r"the head reads 5 levels, but model\.head\.input_shape has 4"):
         check_wiring(instantiate(config.model))
+
+
+@pytest.mark.parametrize("detector", ["gfl", "atss", "fcos"])
+def test_levels_that_the_backbone_lacks_are_named(detector):
+    """detectron2's FCOS reads their strides when it is made, before its parts could be checked."""
+    config = LazyConfig.load(str(CONFIGS / "lazy" / f"{detector}_R18.py"))
+    config.model.backbone.bottom_up.width = 4
+    config.model.head.conv_dims = [32]
+    config.model.head_in_features = ["p3", "p9"]
+    with pytest.raises(D2kdError, match=r"head_in_features\) is 'p9'; use one of p3"):
+        check_wiring(instantiate(config.model))

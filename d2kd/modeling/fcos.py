@@ -23,6 +23,7 @@ from detectron2.structures import Boxes
 from fvcore.nn import sigmoid_focal_loss_jit
 from torch import Tensor, nn
 
+from ..contract import check_level_names
 from ..errors import D2kdError, check_choice
 from ..keys import key
 from ..losses import BOX_LOSSES, centerness_targets, one_hot
@@ -120,7 +121,7 @@ class FCOS(OneAnchorDetector, fcos.FCOS):
         **kwargs: other arguments of detectron2's FCOS: ``focal_loss_alpha``, ``test_score_thresh`` ...
 
     Raises:
-        D2kdError: an option has an unknown value, or the head's ``box_exp`` differs.
+        D2kdError: an option has an unknown value, the head's ``box_exp`` differs, or the backbone lacks a level.
     """
 
     config_node = "FCOS"
@@ -150,6 +151,7 @@ class FCOS(OneAnchorDetector, fcos.FCOS):
         check_choice(key("MODEL.FCOS.SCORE_RULE"), score_rule, SCORE_RULES)
         if getattr(head, "box_exp", False) != box_exp:
             raise D2kdError(f"FCOS has box_exp={box_exp} and its head has box_exp={not box_exp}; set both to the same")
+        check_level_names(head_in_features or (), backbone.output_shape())
         super().__init__(
             backbone=backbone,
             head=head,

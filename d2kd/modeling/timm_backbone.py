@@ -68,7 +68,8 @@ class TimmBackbone(Backbone):
         self._shapes = {stage: stages[stage][1] for stage in out_features}
         self.pixel_statistics = pixel_statistics(name) if pretrained else None
         self._freeze(freeze_at, in_channels)
-        self.net = _with_norm(self.net, norm)
+        # Depthwise convolutions are faster this way, most of all backwards on a CPU; whatever follows keeps the layout.
+        self.net = _with_norm(self.net, norm).to(memory_format=torch.channels_last)
 
     def forward(self, x: Tensor) -> Dict[str, Tensor]:
         """Returns the stages (N, C, H / stride, W / stride) for images (N, 3, H, W) by name."""
