@@ -186,7 +186,7 @@ def levels(detector: Pyramid, prefix: str = "") -> List[ShapeSpec]:
 
 
 def check_level_names(names: Sequence[str], shapes: Mapping[str, ShapeSpec], prefix: str = "") -> None:
-    """Raises D2kdError if a backbone with these shapes has no level of one of the names; prefix as for :func:`levels`."""
+    """Raises D2kdError if a backbone with these shapes lacks one of the levels; ``prefix`` as for :func:`levels`."""
     for name in names:
         check_choice(f"{prefix}a level that the head reads (head_in_features)", name, shapes)
 
