@@ -41,10 +41,9 @@ def student(teachers, detector, methods):
     return build(distill_config(teachers / f"{detector}.pth", *opts, methods=methods, teacher_opts=teacher_opts))
 
 
-@pytest.mark.parametrize(
-    "boxes", [pytest.param((2, 0), id="one empty"), pytest.param((0, 0), id="none", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("boxes", [pytest.param((2, 0), id="one empty"), pytest.param((0, 0), id="none")])
 @pytest.mark.parametrize(("method", "detector"), PAIRS)
+@pytest.mark.slow
 def test_losses_are_float32_and_finite(teachers, method, detector, boxes):
     """The detector's own as well; all near those of float32, with finite gradients."""
     assert_same_in_bfloat16(student(teachers, detector, [method] if method else []), batch(boxes=boxes))

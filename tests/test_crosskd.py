@@ -86,6 +86,7 @@ def test_adapted_features_enter_the_teachers_head(make, pre_activation):
 
 @pytest.mark.parametrize("detector", ["RetinaNet", *(pytest.param(x, marks=pytest.mark.slow) for x in DETECTORS[1:])])
 @pytest.mark.parametrize("crosskd", [{"cut": 1}, {"cut": 0, "teacher_cut": 2}, {"cut": 1, "teacher_cut": 0}])
+@pytest.mark.slow
 def test_narrow_and_shallow_students(make, detector, crosskd):
     """Gradients reach the backbone and both adapters, also without ground truth, as DDP needs."""
     kind = ("MODEL.META_ARCHITECTURE", detector)

@@ -33,6 +33,7 @@ def smears(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_same_seed_same_bytes(smears: Path, tmp_path: Path) -> None:
     write_blood_cells(tmp_path, "train", NUM_IMAGES, seed=3)
     assert len(hashes(tmp_path)) == NUM_IMAGES + 1

@@ -192,6 +192,7 @@ def test_teacher_knows_its_class_names(blood_cells, teacher_file):
 
 
 @pytest.mark.parametrize("parts", [("neck",), ("head",), ("neck", "head")])
+@pytest.mark.slow
 def test_inherited_parts_are_the_teachers(tmp_path, parts):
     file = save_teacher(tmp_path / "teacher.pth")
     student, plain = (make(file, "MODEL.DISTILL.INHERIT", repr(p), teacher_opts=()) for p in (parts, ()))

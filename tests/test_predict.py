@@ -71,6 +71,7 @@ def exported(folder: Path, weights: Path, kind: str) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["yaml", "lazy", *(pytest.param(x, marks=pytest.mark.slow) for x in ("ts", "onnx"))])
+@pytest.mark.slow
 def test_results_are_those_of_detectron2s_evaluation(
     tmp_path: Path, weights: Path, images: List[Path], call: Callable[..., int], kind: str
 ) -> None:

@@ -61,6 +61,7 @@ def pkd(own, theirs):
 
 
 @pytest.mark.parametrize("kind", STOCK)
+@pytest.mark.slow
 def test_stock_configs_teach_features(tmp_path, kind):
     """Levels pair by stride: the teacher's P2 has no partner."""
     student = make(rcnn_file(tmp_path, kind), kind=kind)

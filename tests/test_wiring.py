@@ -64,6 +64,7 @@ def test_heads_with_one_anchor_need_a_shape_for_each_level(detector):
 
 
 @pytest.mark.parametrize("detector", ["gfl", "atss", "fcos"])
+@pytest.mark.slow
 def test_levels_that_the_backbone_lacks_are_named(detector):
     """detectron2's FCOS reads their strides when it is made, before its parts could be checked."""
     config = LazyConfig.load(str(CONFIGS / "lazy" / f"{detector}_R18.py"))
