@@ -117,6 +117,8 @@ class DenseStudent(Dense, Protocol):
 
 #: The parts of a head that methods cut and tap: ``nn.Sequential`` towers for classes and for boxes.
 TOWERS = ("cls_subnet", "bbox_subnet")
+#: What messages call a level, unless its config key is known.
+HEAD_LEVEL = "a level that the head reads (head_in_features)"
 
 
 def members(protocol: type) -> List[str]:
@@ -181,14 +183,14 @@ def levels(detector: Pyramid, prefix: str = "") -> List[ShapeSpec]:
         D2kdError: the backbone does not have one that the head reads.
     """
     shapes, names = detector.backbone.output_shape(), level_names(detector)
-    check_level_names(names, shapes, prefix)
+    check_level_names(names, shapes, prefix + HEAD_LEVEL)
     return [shapes[name] for name in names]
 
 
-def check_level_names(names: Sequence[str], shapes: Mapping[str, ShapeSpec], prefix: str = "") -> None:
-    """Raises D2kdError if a backbone with these shapes lacks one of the levels; ``prefix`` as for :func:`levels`."""
+def check_level_names(names: Sequence[str], shapes: Mapping[str, ShapeSpec], what: str = HEAD_LEVEL) -> None:
+    """Raises D2kdError if a backbone with these shapes lacks one of the levels; ``what`` is their name for the user."""
     for name in names:
-        check_choice(f"{prefix}a level that the head reads (head_in_features)", name, shapes)
+        check_choice(what, name, shapes)
 
 
 def level_strides(detector: Pyramid) -> List[int]:

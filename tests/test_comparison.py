@@ -201,10 +201,10 @@ def test_arguments(tmp_path, monkeypatch):
 def test_costs(tmp_path, monkeypatch):
     monkeypatch.setattr(costs_module, "SECONDS", 0.01)
     weights = save_teacher(tmp_path / "weights.pth")
-    config = str(CONFIGS / "quick_retinanet.yaml")
-    found = costs_module.cost_columns(
-        config, weights, ["MODEL.RETINANET.SCORE_THRESH_TEST", "0.0"], tmp_path / "costs.json"
-    )
+    config = tmp_path / "config.yaml"
+    quick = CONFIGS / "quick_retinanet.yaml"
+    config.write_text(f'_BASE_: "{quick}"\nMODEL: {{RETINANET: {{SCORE_THRESH_TEST: 0.0}}}}\n')
+    found = costs_module.cost_columns(str(config), weights, tmp_path / "costs.json")
     costs = json.loads((tmp_path / "costs.json").read_text())
     assert found == {"GMACs": f"{costs['macs'] / 1e9:.2f}", "params": f"{costs['parameters'] / 1e6:.2f} M"} | {
         "latency ms": f"{costs['latency_ms']:.0f}"
@@ -212,4 +212,4 @@ def test_costs(tmp_path, monkeypatch):
     assert costs["size"] == [128, 256]
     assert costs["threads"] == torch.get_num_threads()
     (tmp_path / "costs.json").write_text(json.dumps({**costs, "macs": 5e9}))
-    assert costs_module.cost_columns(config, weights, [], tmp_path / "costs.json")["GMACs"] == "5.00", "measured once"
+    assert costs_module.cost_columns(str(config), weights, tmp_path / "costs.json")["GMACs"] == "5.00", "measured once"

@@ -60,9 +60,9 @@ def test_a_training_shows_iterations_loss_and_ap(monkeypatch):
         progress.trainer = SimpleNamespace(iter=3, max_iter=8, storage=storage)
         storage.put_scalar("total_loss", 2.5)
         progress.after_step()
-        with progress.hidden():
-            storage.put_scalar("val/bbox/AP", 31.04, smoothing_hint=False)
-            print("COCO prints", file=terminal.file)
+        progress.hide()
+        storage.put_scalar("val/bbox/AP", 31.04, smoothing_hint=False)
+        print("COCO prints", file=terminal.file)
         progress.trainer.iter = 4
         progress.after_step()
         progress.after_train()

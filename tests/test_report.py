@@ -263,8 +263,9 @@ def test_a_run_with_a_lazy_config(runs: Path, tmp_path: Path) -> None:
     assert any(text.endswith(" G") for text in page.texts_of("td"))
 
 
-def test_a_lazy_run_on_own_data_keeps_its_classes(tmp_path: Path) -> None:
-    command = "python train_net.py --config-file c.py --train-data a.json:b --val-split 0.1 train.max_iter=2"
+@pytest.mark.parametrize("script", ["train_net.py", "own.py --own-flag"])
+def test_a_lazy_run_on_own_data_keeps_its_classes(tmp_path: Path, script: str) -> None:
+    command = f"python {script} --config-file c.py --train-data a.json:b --val-split 0.1 train.max_iter=2"
     (tmp_path / "commands.txt").write_text(f"cd /d2kd && {command}  # 2026-01-01 12:00:00\n")
     (tmp_path / "run.json").write_text('{"model.num_classes": 1}')
     assert ReportRun("x", tmp_path).config == ("/d2kd/c.py", ["train.max_iter=2", "model.num_classes=1"])

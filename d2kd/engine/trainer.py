@@ -176,15 +176,14 @@ class Trainer(DefaultTrainer):
         return built
 
     def _evaluate(self) -> Dict[str, Any]:
-        with self.progress.hidden():
-            self.results = self.test(self.cfg, self.model)
+        self.progress.hide()
+        self.results = self.test(self.cfg, self.model)
         return self.results
 
     def _evaluate_average(self, average: nn.Module) -> Dict[str, Any]:
         """Evaluates the EMA; its predictions go into a folder of their own."""
-        folder = f"{self.recipe.options.output_dir}/ema"
-        with self.progress.hidden():
-            return self.test(self.recipe.changed("OUTPUT_DIR", folder).config, average)
+        self.progress.hide()
+        return self.test(self.recipe.changed("OUTPUT_DIR", f"{self.recipe.options.output_dir}/ema").config, average)
 
     def build_writers(self) -> List[EventWriter]:
         """Makes detectron2's default writers."""

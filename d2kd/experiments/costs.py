@@ -24,20 +24,19 @@ def costs_of(runs: Sequence[Run], folder: Path) -> Dict[str, Dict[str, str]]:
     for run in runs:
         if run.label not in costs:
             cache = folder / f"costs_{TEACHER if run.label == TEACHER else 'student'}.json"
-            costs[run.label] = cost_columns(str(run.folder / "config.yaml"), run.checkpoint, [], cache)
+            costs[run.label] = cost_columns(str(run.folder / "config.yaml"), run.checkpoint, cache)
     return costs
 
 
-def cost_columns(config: str, weights: Path, opts: Sequence[str], cache: Path) -> Dict[str, str]:
+def cost_columns(config: str, weights: Path, cache: Path) -> Dict[str, str]:
     """MACs, parameters and latency of a detector, at the size of its evaluation; measured once.
 
     Args:
         config: of the detector.
         weights: its checkpoint.
-        opts: overrides of the config.
         cache: a JSON file, written if it is missing.
     """
-    costs = _cached(cache, lambda: measure_costs(config, weights, opts, cache.with_suffix(".ts")))
+    costs = _cached(cache, lambda: measure_costs(config, weights, cache.with_suffix(".ts")))
     return {
         "GMACs": f"{costs['macs'] / 1e9:.2f}",
         "params": f"{costs['parameters'] / 1e6:.2f} M",
@@ -45,21 +44,20 @@ def cost_columns(config: str, weights: Path, opts: Sequence[str], cache: Path) -
     }
 
 
-def measure_costs(config: str, weights: Path, opts: Sequence[str], file: Path) -> Dict[str, Any]:
+def measure_costs(config: str, weights: Path, file: Path) -> Dict[str, Any]:
     """Counts MACs and parameters, and times the TorchScript file of a detector on the CPU.
 
     Args:
         config: of the detector.
         weights: its checkpoint.
-        opts: overrides of the config.
         file: where the exported file is written.
 
     Returns:
         ``macs`` and ``parameters``; ``latency_ms``, the median for one image; ``size``, height and width of the image
         in pixels; ``threads`` of the CPU.
     """
-    size = evaluation_size(config, opts)
-    detector = load_detector(config, str(weights), opts)
+    size = evaluation_size(config)
+    detector = load_detector(config, str(weights))
     found = measure(detector, size)
     latency = median_ms(export_torchscript(detector, file, size), detector.device, size, SECONDS)
     return {**found._asdict(), "latency_ms": latency, "size": size, "threads": torch.get_num_threads()}

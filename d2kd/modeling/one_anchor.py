@@ -14,8 +14,8 @@ from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
 
-from ..contract import AnchorGenerator, BoxCoder, check_distills
-from ..errors import D2kdError, check_choice
+from ..contract import AnchorGenerator, BoxCoder, check_distills, check_level_names
+from ..errors import D2kdError
 from ..signatures import defaults
 from ..workers import at_least_one
 
@@ -76,8 +76,7 @@ class OneAnchorDetector(DenseDetector):
         node = cfg.MODEL[cls.config_node]
         backbone = build_backbone(cfg)
         shapes = backbone.output_shape()
-        for name in node.IN_FEATURES:
-            check_choice(f"a level of MODEL.{cls.config_node}.IN_FEATURES", name, shapes)
+        check_level_names(node.IN_FEATURES, shapes, f"a level of MODEL.{cls.config_node}.IN_FEATURES")
         input_shape = [shapes[name] for name in node.IN_FEATURES]
         channels = input_shape[0].channels
         if node.NORM == "GN" and channels % 32:

@@ -55,7 +55,8 @@ class ReportRun:
         words = shlex.split(self.commands.splitlines()[-1], comments=True) if self.commands else []
         if "MODEL.META_ARCHITECTURE" in self.values or words[:1] != ["cd"]:
             return str(self.folder / "config.yaml"), []
-        arguments = parser().parse_args(words[words.index("&&") + 3 :])
+        # A user's own script may take arguments that train_net.py does not know.
+        arguments = parser().parse_known_args(words[words.index("&&") + 3 :])[0]
         classes = self.values.get("model.num_classes")  # --train-data may have set them
         opts = [] if classes is None else [f"model.num_classes={classes}"]
         return os.path.join(words[1], arguments.config_file), [*arguments.opts, *opts]

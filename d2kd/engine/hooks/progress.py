@@ -1,7 +1,6 @@
 """The bar of a training on a terminal."""
 
-from contextlib import contextmanager
-from typing import Any, Iterator, Optional
+from typing import Any, Optional
 
 from detectron2.engine import HookBase
 from tqdm import tqdm
@@ -34,13 +33,12 @@ class Progress(HookBase):
         found += [f"AP {value.latest():.1f}" for key, value in histories.items() if key.endswith("bbox/AP")]
         return ", ".join(found)
 
-    @contextmanager
-    def hidden(self) -> Iterator[None]:
-        """Within it there is no bar: COCO's evaluation prints to the terminal."""
-        self.after_train()
-        yield
-
     def after_train(self) -> None:
+        """Removes the bar."""
+        self.hide()
+
+    def hide(self) -> None:
+        """Removes the bar until the next step: COCO's evaluation prints to the terminal."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
